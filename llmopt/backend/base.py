@@ -1,0 +1,99 @@
+"""The one door to the kernels: what the model asks of a backend, and the data that crosses.
+
+`reference` implements all of it in plain torch and is the truth that the others are tested against. Another backend
+overrides what it does faster; what it cannot do goes to `reference` with one warning that names the reason.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmopt.weights.quantized import Weight
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Where the tokens of one step stand in the paged KV cache. S sequences, T tokens in all, oldest first.
+
+    Attributes:
+        query_starts: S + 1 offsets into the T tokens; sequence s has the tokens query_starts[s] to query_starts[s+1].
+        context_lens: int32 [S], tokens of each sequence in the cache once this step's are written.
+        block_tables: int32 [S, widest table], block numbers, padded with zeros.
+        slots: int64 [T], the cache slot (block * block_size + offset) each token's key and value go to.
+        positions: int64 [T], each token's position in its sequence.
+    """
+
+    query_starts: list[int]
+    context_lens: Tensor
+    block_tables: Tensor
+    slots: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """One layer's keys and values, each [blocks, block_size, kv_heads, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Linear(ABC):
+    """A packed weight. Calling it multiplies: [T, in] to [T, out], in the dtype of its input."""
+
+    in_features: int
+    out_features: int
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Backend(ABC):
+    """The operations of a decoder on one device. Stateless but for its settings."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype  # of activations
+
+    @abstractmethod
+    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
+        """One linear operation whose output is that of these weights side by side ([q | k | v], [gate | up]).
+
+        Weights are [out, in] with one `in` for all; a bias is [out] or None.
+        """
+
+    @abstractmethod
+    def embedding(self, table: Tensor) -> Tensor:
+        """Place an embedding table, float [vocabulary, hidden], on the device in the backend's dtype."""
+
+    @abstractmethod
+    def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
+        """Allocate one layer's cache, its memory touched so that running out happens here and not under load."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    @abstractmethod
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x [T, heads, head_dim] by the angles of cos, sin [T, rotated / 2]; halves paired as Llama's
+        Hugging Face checkpoints have them (Su et al. 2021, arXiv:2104.09864)."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) · up for gate_up = [gate | up], [T, 2n] to [T, n]."""
+
+    @abstractmethod
+    def write_kv(self, cache: KVCache, keys: Tensor, values: Tensor, batch: PagedBatch) -> None:
+        """Put keys and values [T, kv_heads, head_dim] into the slots of the batch."""
+
+    @abstractmethod
+    def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scale: float, window: int | None) -> Tensor:
+        """Causal attention of queries [T, heads, head_dim] over the cache; returns the same shape.
+
+        Query heads share key heads in equal runs (grouped queries). With a window of w, a token sees itself and
+        the w - 1 before it.
+        """

@@ -1,0 +1,53 @@
+"""The settings of an engine; each is a flag of `llmopt serve` with dashes for underscores."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmopt.errors import InputError
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Attributes:
+        model: a folder, a .gguf file, a hub id or a built-in name.
+        device: auto takes CUDA where there is one.
+        backend: auto takes the fastest that this machine has.
+        dtype: of activations; auto is float32 on a CPU and bfloat16 on a GPU.
+        kv_cache_dtype: auto is the same as `dtype`.
+        kv_cache_memory_bytes: size of the block pool; None for what `max_num_seqs` requests of `max_model_len` need,
+            at most an eighth of the free memory and 1 GiB.
+        block_size: tokens in a block.
+        max_model_len: prompt and output together; None for what the model and the block pool allow.
+        max_num_seqs: requests that run at once.
+        max_num_batched_tokens: the token budget of a step.
+        threads: CPU threads; None for one a core.
+        seed: seeds requests that bring none.
+    """
+
+    model: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "reference", "cpu"] = "auto"
+    dtype: DTypeName = "auto"
+    kv_cache_dtype: DTypeName = "auto"
+    kv_cache_memory_bytes: int | None = None
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    threads: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kv_cache_memory_bytes", "block_size", "max_model_len", "max_num_seqs", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InputError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running request can decode one token a step"
+            )

@@ -1,0 +1,86 @@
+"""What the engine says about a request: deltas while it runs, and the whole at the end."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one step, from the logits as the model gave them.
+
+    Attributes:
+        token_id: the chosen token.
+        logprob: its log-probability.
+        rank: how many tokens are at least as likely, itself included; 1 for the likeliest.
+        top: (token, log-probability) of the likeliest tokens, most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one engine step added to one request.
+
+    Text may lag behind tokens: a character is given out once it is whole, and text that may be the beginning of a
+    stop string once it is known not to be.
+
+    Attributes:
+        stop_reason: the stop string or stop token that ended it, None for the model's own end token.
+        prompt_tokens, output_tokens: how many so far.
+    """
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine's state after a step; counters count from the start of the process."""
+
+    running: int
+    waiting: int
+    total_blocks: int
+    used_blocks: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the block pool in use, 0 to 1."""
+        return self.used_blocks / self.total_blocks
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt, as `LLM.generate` returns it (vLLM's names)."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """All completions of one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
