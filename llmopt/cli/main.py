@@ -1,0 +1,51 @@
+"""The command line: one file for each subcommand, heavy imports only inside the one that runs."""
+
+import sys
+
+import click
+import typer
+
+from llmopt.cli import bench, eval, quantize, serve
+from llmopt.errors import LlmoptError
+
+app = typer.Typer(
+    name="llmopt",
+    help="Make language-model inference cheap, and prove that nothing was broken.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize.quantize)
+app.command("serve")(serve.serve)
+app.command("bench")(bench.bench)
+app.command("eval")(eval.evaluate)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if show:
+        from llmopt import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 a gate failed, 2 wrong usage or input, 3 it could not be done,
+    4 a gate is inconclusive."""
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except LlmoptError as error:
+        sys.stderr.write(f"llmopt: error: {error}\n")
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("llmopt: interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
