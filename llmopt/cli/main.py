@@ -2,7 +2,6 @@
 
 import sys
 
-import click
 import typer
 
 from llmopt.cli import bench, eval, quantize, serve
@@ -34,17 +33,10 @@ def main() -> None:
     """Run the command line. Exit status: 0 done, 1 a gate failed, 2 wrong usage or input, 3 it could not be done,
     4 a gate is inconclusive."""
     try:
-        status = app(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
+        app()
     except LlmoptError as error:
         sys.stderr.write(f"llmopt: error: {error}\n")
         sys.exit(error.exit_status)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("llmopt: interrupted\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":
