@@ -1,0 +1,143 @@
+"""Every operation in plain torch, on any torch device: the truth that other backends are tested against."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmopt.backend.base import Backend, KVCache, Linear, PagedBatch
+from llmopt.weights.quantized import QuantizedTensor, Weight
+
+
+class ReferenceLinear(Linear):
+    """A matrix in floating point, dequantized when it was packed.
+
+    Where the scheme rounds activations at run time (`activation_bits`), so does this: that is part of what the
+    artifact means, not a shortcut of a kernel. Nothing else is rounded.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation_bits: int | None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.activation_bits = activation_bits
+        self.out_features, self.in_features = weight.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.activation_bits is not None:
+            x = round_activations(x, self.activation_bits)
+        return F.linear(x, self.weight, self.bias)
+
+
+class ReferenceBackend(Backend):
+    """Plain torch on one device, activations in one dtype."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
+        activation_bits = {w.activation_bits if isinstance(w, QuantizedTensor) else None for w in weights}
+        if len(activation_bits) > 1:
+            raise ValueError(f"weights that round activations to {activation_bits} bits cannot share an input")
+        dense = [w.dequantize(self.dtype) if isinstance(w, QuantizedTensor) else w.to(self.dtype) for w in weights]
+        matrix = dense[0] if len(dense) == 1 else torch.cat(dense)
+        return ReferenceLinear(matrix.to(self.device), self.join_biases(weights, biases), activation_bits.pop())
+
+    def join_biases(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Tensor | None:
+        """The biases of several weights as one vector, zeros where one has none; None where none has one."""
+        if all(bias is None for bias in biases):
+            return None
+        parts = [torch.zeros(w.shape[0]) if b is None else b.float() for w, b in zip(weights, biases, strict=True)]
+        return torch.cat(parts).to(self.device, self.dtype)
+
+    def embedding(self, table: Tensor) -> Tensor:
+        return table.to(self.device, self.dtype)
+
+    def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
+        shape = (blocks, block_size, kv_heads, head_dim)
+        # zero_ rather than torch.zeros: the latter leaves the pages untouched.
+        return KVCache(*(torch.empty(shape, dtype=dtype, device=self.device).zero_() for _ in range(2)))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[-1]
+        cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def write_kv(self, cache: KVCache, keys: Tensor, values: Tensor, batch: PagedBatch) -> None:
+        cache.keys.flatten(0, 1).index_copy_(0, batch.slots, keys.to(cache.keys.dtype))
+        cache.values.flatten(0, 1).index_copy_(0, batch.slots, values.to(cache.values.dtype))
+
+    def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scale: float, window: int | None) -> Tensor:
+        result = torch.empty_like(queries)
+        starts = batch.query_starts
+        single = [s for s in range(len(starts) - 1) if starts[s + 1] - starts[s] == 1]
+        if len(single) > 1:
+            rows = torch.tensor([starts[s] for s in single], device=queries.device)
+            result[rows] = self._attend_single(queries[rows], cache, batch, single, scale, window)
+        else:
+            single = []
+        for s in set(range(len(starts) - 1)).difference(single):
+            span = slice(starts[s], starts[s + 1])
+            result[span] = self._attend_sequence(queries[span], cache, batch, s, scale, window)
+        return result
+
+    def _attend_single(
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None
+    ) -> Tensor:
+        """Sequences with one query each (decode), padded to the longest context: [S, heads, head_dim]."""
+        context = batch.context_lens[sequences]
+        longest = int(context.max())
+        blocks = -(-longest // cache.keys.shape[1])
+        tables = batch.block_tables[sequences, :blocks].long()
+        keys = cache.keys[tables].flatten(1, 2)[:, :longest].transpose(1, 2).to(queries.dtype)
+        values = cache.values[tables].flatten(1, 2)[:, :longest].transpose(1, 2).to(queries.dtype)
+        position = torch.arange(longest, device=queries.device)
+        visible = position < context[:, None]
+        if window is not None:
+            visible &= position >= context[:, None] - window
+        mask = visible[:, None, None, :]
+        out = F.scaled_dot_product_attention(queries[:, :, None], keys, values, mask, scale=scale, enable_gqa=True)
+        return out[:, :, 0]
+
+    def _attend_sequence(
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequence: int, scale: float, window: int | None
+    ) -> Tensor:
+        """One sequence's queries (a chunk of its prompt) over its context: [n, heads, head_dim]."""
+        context, count = int(batch.context_lens[sequence]), queries.shape[0]
+        blocks = -(-context // cache.keys.shape[1])
+        table = batch.block_tables[sequence, :blocks].long()
+        keys = cache.keys[table].flatten(0, 1)[:context].transpose(0, 1).to(queries.dtype)
+        values = cache.values[table].flatten(0, 1)[:context].transpose(0, 1).to(queries.dtype)
+        mask = causal_mask(count, context, window, queries.device)
+        out = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None], keys[None], values[None], mask, scale=scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+
+def causal_mask(queries: int, context: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, context]: which tokens the last `queries` of `context` tokens may see."""
+    row = torch.arange(context - queries, context, device=device)[:, None]
+    column = torch.arange(context, device=device)[None, :]
+    mask = column <= row
+    return mask if window is None else mask & (column > row - window)
+
+
+def round_activations(x: Tensor, bits: int) -> Tensor:
+    """Round each row of x to symmetric integer codes of its own scale, absmax / (2^(bits-1) - 1), and back."""
+    largest = (1 << (bits - 1)) - 1
+    scale = x.abs().amax(-1, keepdim=True).float() / largest
+    scale = torch.where(scale == 0, 1.0, scale)  # an all-zero row stays zero
+    return ((x.float() / scale).round() * scale).to(x.dtype)
