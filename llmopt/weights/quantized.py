@@ -72,6 +72,11 @@ class QuantizedTensor:
         groups = self.groups()
         return ((self.codes.float() - zeros[:, groups]) * scales[:, groups]).to(dtype)
 
+    def select_rows(self, rows: Tensor) -> "QuantizedTensor":
+        """The outputs of these row numbers (int64), in that order."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
+
     def plain_order(self) -> "QuantizedTensor":
         """The same tensor without a group index where that index only says what the default says."""
         if self.group_index is None or self.codes.shape[1] % self.scales.shape[1]:
