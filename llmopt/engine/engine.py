@@ -1,0 +1,126 @@
+"""The loop that all of llmopt runs on: schedule, compute, sample, give out."""
+
+import random
+
+from llmopt.engine.batch import build_batch
+from llmopt.engine.block_pool import BlockPool
+from llmopt.engine.config import EngineConfig
+from llmopt.engine.generation import Generation
+from llmopt.engine.outputs import Delta, EngineStats
+from llmopt.engine.params import SamplingParams
+from llmopt.engine.request import Request
+from llmopt.engine.runner import Runner
+from llmopt.engine.sampler import Sampler
+from llmopt.engine.scheduler import Scheduler
+from llmopt.errors import InputError
+from llmopt.model.config import ModelConfig
+from llmopt.model.source import open_source
+from llmopt.model.tokenizer import Tokenizer
+from llmopt.progress import Progress, silent
+
+
+class Engine:
+    """A model and the requests it works on. `add` puts one in, `step` moves all of them on.
+
+    Not safe for several threads: whoever owns the engine calls it from one.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Progress = silent) -> None:
+        source = open_source(config.model)
+        self.config = config
+        self.model_config: ModelConfig = source.config
+        self.tokenizer: Tokenizer = source.tokenizer
+        self.default_sampling = _advised_sampling(source.generation_config)
+        self.runner = Runner(source, config, progress)
+        self.max_model_len = self.runner.plan.max_model_len
+        self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
+        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        self.sampler = Sampler(self.tokenizer.eos_ids)
+        self._generations: dict[str, Generation] = {}
+        self._seeds = random.Random(config.seed)
+        self._steps = self._prompt_tokens = self._generation_tokens = 0
+
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+        """Let a prompt of tokens wait for its turn.
+
+        Raises InputError where it can never be served: empty, too long, a token that does not exist, an id in use, or
+        more than one completion (whoever wants several adds several requests).
+        """
+        if request_id in self._generations:
+            raise InputError(f"there is a request {request_id} already")
+        if params.n != 1:
+            raise InputError("the engine generates one completion a request; add one request for each")
+        self.check_prompt(prompt)
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        request = Request(request_id, prompt, params, seed)
+        self._generations[request_id] = Generation(request, self.tokenizer, self.max_model_len)
+        self.scheduler.add(request)
+
+    def check_prompt(self, prompt: list[int]) -> None:
+        """Raise InputError for a prompt that this engine cannot take."""
+        if not prompt:
+            raise InputError("the prompt is empty; it must hold at least one token")
+        if len(prompt) >= self.max_model_len:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens; prompt and output together may have {self.max_model_len}"
+            )
+        vocabulary = self.model_config.vocab_size
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise InputError(f"the prompt holds a token outside the vocabulary of 0 to {vocabulary - 1}")
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks; one that has already ended is no matter."""
+        generation = self._generations.pop(request_id, None)
+        if generation is not None:
+            self.scheduler.remove(generation.request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._generations)
+
+    def step(self) -> list[Delta]:
+        """Compute one step of the continuous batch and give out what it added, in the order of arrival."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        batch = build_batch(chunks, self.config.block_size, self.runner.backend.device)
+        sampled = self.sampler(self.runner.run(batch), batch.sampling)
+        self.scheduler.retire(chunks)
+        deltas = []
+        for request, token, logprobs in zip(batch.sampling, sampled.token_ids, sampled.logprobs, strict=True):
+            delta = self._generations[request.id].advance(token, logprobs)
+            if delta.finish_reason is not None:
+                self._finish(request)
+            deltas.append(delta)
+        self._steps += 1
+        self._generation_tokens += len(deltas)
+        return deltas
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            total_blocks=self.pool.total,
+            used_blocks=self.pool.used,
+            preemptions=self.scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._steps,
+        )
+
+    def check(self) -> None:
+        """Raise LlmoptError unless every cache block is either free or in exactly one request's table."""
+        self.scheduler.check()
+
+    def _finish(self, request: Request) -> None:
+        del self._generations[request.id]
+        self.scheduler.remove(request)
+        self._prompt_tokens += request.prompt_length
+
+
+def _advised_sampling(generation_config: dict) -> dict[str, float]:
+    """The sampling parameters that a model's makers advise, as far as they are parameters here."""
+    if generation_config.get("do_sample") is False:
+        return {}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: generation_config[name] for name in names if generation_config.get(name) is not None}

@@ -1,0 +1,53 @@
+"""What one request has generated, and the rule by which it ends."""
+
+from llmopt.engine.detokenizer import Detokenizer
+from llmopt.engine.outputs import Delta, FinishReason, TokenLogprobs
+from llmopt.engine.request import Request
+from llmopt.model.tokenizer import Tokenizer
+
+
+class Generation:
+    """Takes a request's sampled tokens and gives out deltas, the last of them with a finish reason."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, max_model_len: int) -> None:
+        self.request = request
+        params = request.params
+        room = max_model_len - request.prompt_length
+        self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.end_ids = frozenset() if params.ignore_eos else tokenizer.eos_ids
+        self.detokenizer = Detokenizer(tokenizer, params)
+
+    def advance(self, token_id: int, logprobs: TokenLogprobs | None) -> Delta:
+        """Append a sampled token."""
+        request = self.request
+        request.tokens.append(token_id)
+        reason, stop_reason = self._end_by_token(token_id)
+        ended_by_token = reason == "stop"
+        if ended_by_token and not (request.params.include_stop_str_in_output and stop_reason is not None):
+            text = ""  # the token that ends a text is not part of it
+        else:
+            text = self.detokenizer.add(token_id, request.output_length >= request.params.min_tokens)
+        if self.detokenizer.stopped_by is not None:
+            reason, stop_reason = "stop", self.detokenizer.stopped_by
+        elif reason is not None:
+            text += self.detokenizer.finish()
+        return Delta(
+            request_id=request.id,
+            text=text,
+            token_ids=[token_id],
+            logprobs=None if logprobs is None else [logprobs],
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            prompt_tokens=request.prompt_length,
+            output_tokens=request.output_length,
+        )
+
+    def _end_by_token(self, token_id: int) -> tuple[FinishReason | None, int | None]:
+        """The finish reason that a token brings, and the token itself where it was a stop token of the request."""
+        request = self.request
+        if request.output_length >= request.params.min_tokens:
+            if token_id in request.params.stop_token_ids:
+                return "stop", token_id
+            if token_id in self.end_ids:
+                return "stop", None
+        return ("length", None) if request.output_length >= self.max_tokens else (None, None)

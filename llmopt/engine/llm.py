@@ -1,0 +1,79 @@
+"""The engine from Python: `LLM("smollm2").generate(["Once upon a time"])`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llmopt.engine.config import EngineConfig
+from llmopt.engine.engine import Engine
+from llmopt.engine.outputs import CompletionOutput, Delta, RequestOutput
+from llmopt.engine.params import SamplingParams
+
+Prompt = str | list[int]
+
+
+class LLM:
+    """A model in this process. Options are the fields of `EngineConfig`, which are the flags of `llmopt serve`.
+
+    Example:
+        >>> llm = LLM("smollm2", max_num_seqs=8)
+        >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0))[0].outputs[0].text
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.engine = Engine(EngineConfig(model=model, **options))
+        self._requests = 0
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete prompts, given as text or as tokens; the results come in the order of the prompts.
+
+        `params` are for all prompts or one for each. Raises InputError for a prompt that the model cannot take; then
+        nothing has been generated.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        tokenizer = self.engine.tokenizer
+        results = []
+        for prompt in prompts:
+            text, tokens = (prompt, tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+            self.engine.check_prompt(tokens)
+            self._requests += 1
+            results.append(RequestOutput(str(self._requests), text, tokens, []))
+        self._run(zip(results, each, strict=True))
+        return results
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **variables: Any
+    ) -> RequestOutput:
+        """The model's answer to a conversation of {"role", "content"} messages."""
+        return self.generate(self.engine.tokenizer.encode_chat(messages, **variables), params)[0]
+
+    def _run(self, work: Iterable[tuple[RequestOutput, SamplingParams]]) -> None:
+        completions: dict[str, CompletionOutput] = {}
+        for result, params in work:
+            for index in range(params.n):
+                seed = None if params.seed is None else params.seed + index
+                request_id = f"{result.request_id}-{index}"
+                self.engine.add(request_id, result.prompt_token_ids, replace(params, n=1, seed=seed))
+                completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+                result.outputs.append(completion)
+                completions[request_id] = completion
+        try:
+            while self.engine.has_work:
+                for delta in self.engine.step():
+                    _extend(completions[delta.request_id], delta)
+        finally:
+            for request_id in completions:  # after Ctrl-C or an error nothing may be left behind
+                self.engine.abort(request_id)
+
+
+def _extend(completion: CompletionOutput, delta: Delta) -> None:
+    completion.text += delta.text
+    completion.token_ids += delta.token_ids
+    completion.finish_reason = delta.finish_reason
+    completion.stop_reason = delta.stop_reason
+    if completion.logprobs is not None and delta.logprobs is not None:
+        completion.logprobs += delta.logprobs

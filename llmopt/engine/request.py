@@ -1,0 +1,40 @@
+"""A request as the scheduler sees it: how many tokens are known, how many are computed."""
+
+from llmopt.engine.params import SamplingParams
+
+
+class Request:
+    """One prompt and what has been generated for it so far.
+
+    Attributes:
+        tokens: the tokens known: the prompt, then the output.
+        computed: how many of them have their keys and values in the cache. A step closes the gap between the two,
+            whether it comes from a new prompt, from one sampled token or from having been preempted.
+        blocks: its block table, the numbers of the cache blocks it holds, in order.
+        seed: what its random choices are drawn from.
+    """
+
+    def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, seed: int) -> None:
+        self.id = request_id
+        self.params = params
+        self.seed = seed
+        self.prompt_length = len(prompt)
+        self.tokens = list(prompt)
+        self.computed = 0
+        self.blocks: list[int] = []
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]

@@ -1,0 +1,48 @@
+"""Owns the model and its KV cache, and computes batches."""
+
+import torch
+from torch import Tensor
+
+from llmopt.backend.select import select_backend
+from llmopt.engine.batch import Batch
+from llmopt.engine.cache_plan import plan_cache
+from llmopt.engine.config import EngineConfig
+from llmopt.model.decoder import Decoder, PagedAttention
+from llmopt.model.source import ModelSource
+from llmopt.progress import Progress, silent
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Runner:
+    """A loaded model on its backend, with one paged cache for all layers.
+
+    Attributes:
+        plan: the number of blocks and the longest request.
+    """
+
+    def __init__(self, source: ModelSource, config: EngineConfig, progress: Progress = silent) -> None:
+        self.backend = select_backend(config.backend, config.device, config.dtype, config.threads)
+        self.config = source.config
+        cache_dtype = _DTYPES.get(config.kv_cache_dtype, self.backend.dtype)
+        self.plan = plan_cache(config, self.config, cache_dtype)
+        with torch.inference_mode():
+            self.decoder = Decoder(source, self.backend, progress)
+            shape = (self.plan.blocks, config.block_size, self.config.num_kv_heads, self.config.head_dim)
+            self.caches = [self.backend.kv_cache(*shape, cache_dtype) for _ in range(self.config.num_layers)]
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states [T, hidden] of a batch; its keys and values are in the cache afterwards."""
+        attention = PagedAttention(self.config, self.backend, self.caches, batch.paged)
+        return self.decoder.hidden(batch.tokens, batch.paged.positions, attention)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [n, vocabulary] of hidden states [n, hidden]."""
+        return self.decoder.logits(hidden)
+
+    def run(self, batch: Batch) -> Tensor:
+        """Compute a step; float32 logits [len(batch.sampling), vocabulary] for the tokens to sample."""
+        hidden = self.hidden(batch)
+        return self.logits(hidden[batch.last_rows])

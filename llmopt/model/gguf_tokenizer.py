@@ -1,0 +1,122 @@
+"""A byte-pair encoder from the vocabulary in a GGUF header. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from llmopt.errors import InputError
+
+CONTROL, USER_DEFINED = 3, 4  # of GGUF's token types, those that are matched in the text as they are
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_MARKS_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_MARKS_AND_SPACE}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_MARKS_AND_SPACE}"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# How `tokenizer.ggml.pre` splits a text into words: patterns applied one after the other. A name that is not here
+# would tokenize wrongly in silence, so it is refused.
+PRE_TOKENIZERS: dict[str, Sequence[str]] = {
+    "gpt-2": (_GPT2,),
+    "default": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "starcoder": (r"\p{N}", _GPT2),
+    "refact": (r"\p{N}", _GPT2),
+    "command-r": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "tekken": (_TEKKEN,),
+}
+_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "tekken"}  # a word that is a token is not merged up to
+_COMPOSED = {"qwen2", "deepseek-r1-qwen"}  # these normalise to NFC
+
+
+def build_encoder(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The encoder that a GGUF header describes. Raises InputError for a kind that is not known, naming those that are."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise InputError(f"{where} holds no tokenizer")
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        encoder = _byte_level(metadata, tokens, where)
+    elif kind == "llama":
+        encoder = _sentencepiece(metadata, tokens, where)
+    else:
+        raise InputError(f"{where} holds a tokenizer of kind {kind!r}, which is not supported; known: gpt2, llama")
+    types = metadata.get("tokenizer.ggml.token_type", ())
+    encoder.add_tokens(
+        [
+            AddedToken(token, special=int(kind) == CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=False)
+            if int(kind) in (CONTROL, USER_DEFINED)
+        ]
+    )
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _pre(metadata) in _WHOLE_WORDS_FIRST)
+    if adds_bos and bos is not None:
+        opening = tokens[bos]
+        encoder.post_processor = processors.TemplateProcessing(
+            single=f"{opening} $A", pair=f"{opening} $A $B", special_tokens=[(opening, bos)]
+        )
+    return encoder
+
+
+def _pre(metadata: Mapping[str, Any]) -> str:
+    return metadata.get("tokenizer.ggml.pre", "default")
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], where: str) -> Tokenizer:
+    pre = _pre(metadata)
+    if pre not in PRE_TOKENIZERS:
+        raise InputError(f"{where} splits words as {pre!r}, which is not known; known: {', '.join(PRE_TOKENIZERS)}")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises a bare Exception for merges outside the vocabulary
+        raise InputError(f"{where} holds a tokenizer that does not fit together: {error}") from None
+    encoder = Tokenizer(model)
+    if pre in _COMPOSED:
+        encoder.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], where: str) -> Tokenizer:
+    """SentencePiece's byte-pair vocabulary: it has scores instead of merges, and the best score merges first."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise InputError(f"{where} holds a SentencePiece tokenizer without a score for each token")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    ranked = []
+    for token, score in zip(tokens, scores, strict=True):
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                ranked.append((-float(score), vocabulary[left], vocabulary[right], (left, right)))
+    merges = [pair for *_, pair in sorted(ranked)]
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    encoder = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+    encoder.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    encoder.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return encoder

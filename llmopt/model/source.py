@@ -1,0 +1,210 @@
+"""Where a model comes from: a Hugging Face folder or a GGUF file, behind one door, read one tensor at a time."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmopt.errors import InputError
+from llmopt.model import gguf_names, rope
+from llmopt.model.architectures import ARCHITECTURES, config_from_gguf, config_from_hf, config_to_hf
+from llmopt.model.config import ModelConfig
+from llmopt.model.locate import locate
+from llmopt.model.tokenizer import Tokenizer, read_json, tokenizer_from_folder, tokenizer_from_gguf
+from llmopt.weights import gguf_tensors
+from llmopt.weights.checkpoint import SafetensorsCheckpoint
+from llmopt.weights.formats import find_format
+from llmopt.weights.gguf_file import GGUFFile
+from llmopt.weights.quantized import QuantizedTensor, Weight
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+class ModelSource(ABC):
+    """A model on disk. Parameters go by their Hugging Face names; matrices are [out, in].
+
+    Attributes:
+        path: the folder or the .gguf file.
+        config: the model's shape.
+    """
+
+    path: Path
+    config: ModelConfig
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is a parameter of that name."""
+
+    @abstractmethod
+    def weight(self, name: str) -> Weight:
+        """A parameter as it is stored: quantized, or in its floating-point dtype. Raises InputError if missing."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    @abstractmethod
+    def hf_config(self) -> dict[str, Any]:
+        """The content of a config.json without any `quantization_config`."""
+
+    @property
+    @abstractmethod
+    def generation_config(self) -> dict[str, Any]:
+        """The content of a generation_config.json: end tokens and the sampling that the model's makers advise."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+
+    def layer_name(self, layer: int, name: str) -> str:
+        return f"model.layers.{layer}.{name}"
+
+    def layer(self, index: int) -> dict[str, Weight]:
+        """The parameters of one decoder layer, by their names within it, with their shapes checked."""
+        shapes = self.config.layer_shapes()
+        return {name: self.checked(self.layer_name(index, name), shape) for name, shape in shapes.items()}
+
+    def checked(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """A parameter that must have this shape. Raises InputError where it has another."""
+        weight = self.weight(name)
+        if tuple(weight.shape) != shape:
+            raise InputError(f"{self.path}: {name} is {list(weight.shape)}, but its config says {list(shape)}")
+        return weight
+
+    @property
+    def embedding(self) -> Weight:
+        return self.checked(EMBEDDING, (self.config.vocab_size, self.config.hidden_size))
+
+    @property
+    def head(self) -> Weight:
+        """The matrix of the output layer, which is the embedding's where they are tied."""
+        if self.config.tie_word_embeddings:
+            return self.embedding
+        return self.checked(HEAD, (self.config.vocab_size, self.config.hidden_size))
+
+    @property
+    def final_norm(self) -> Tensor:
+        return as_dense(self.checked(FINAL_NORM, (self.config.hidden_size,)))
+
+    def fingerprint(self) -> str:
+        """A hash of the weights' files: their names, sizes and first and last mebibyte."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(1 << 20))
+                content.seek(max(0, size - (1 << 20)))
+                digest.update(content.read(1 << 20))
+        return digest.hexdigest()
+
+
+class FolderSource(ModelSource):
+    """A Hugging Face folder with safetensors, quantized in one of the formats that `weights/formats` reads, or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        config = read_json(folder / "config.json")
+        self.quantization_config = config.pop("quantization_config", None)
+        self._hf_config = config
+        self.config = config_from_hf(config, str(folder / "config.json"))
+        self.checkpoint = SafetensorsCheckpoint(folder)
+        self._names = frozenset(self.checkpoint.names())
+        self._format = None if self.quantization_config is None else find_format(self.quantization_config)
+        if self.config.tie_word_embeddings and EMBEDDING not in self._names and HEAD in self._names:
+            raise InputError(f"{folder} ties its embeddings to a head but holds only {HEAD}; {EMBEDDING} is needed")
+
+    def has(self, name: str) -> bool:
+        return name in self._names or self._is_quantized(name)
+
+    def weight(self, name: str) -> Weight:
+        if self._is_quantized(name):
+            return self._format.decode(name.removesuffix(".weight"), self.checkpoint.load)
+        if name not in self._names:
+            raise InputError(f"{self.path} holds no tensor {name}, which its config calls for")
+        tensor = self.checkpoint.load(name)
+        if not tensor.is_floating_point():
+            raise InputError(f"{self.path}: {name} is {tensor.dtype}, not floating point")
+        return tensor
+
+    def _is_quantized(self, name: str) -> bool:
+        return self._format is not None and self._format.holds(name.removesuffix(".weight"), self._names)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
+        return tokenizer_from_folder(self.path)
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return dict(self._hf_config)
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return read_json(self.path / "generation_config.json", {})
+
+    def files(self) -> list[Path]:
+        return sorted(self.path.glob("*.safetensors"))
+
+
+class GGUFSource(ModelSource):
+    """A GGUF file; 8-bit and plain 4-bit blocks stay quantized, other block types become float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GGUFFile(path)
+        tensors = self.file.tensors
+        factors = gguf_tensors.dense(self.file, "rope_freqs.weight") if "rope_freqs.weight" in tensors else None
+        tied = "output.weight" not in tensors
+        self.config = config_from_gguf(
+            self.file.metadata, str(path), tied, None if factors is None else factors.tolist()
+        )
+        self.architecture = ARCHITECTURES[self.config.architecture]
+        if factors is not None and not torch.allclose(
+            rope.divisors(self.config.rope, self.config.head_dim), factors.float(), rtol=1e-3
+        ):
+            raise InputError(f"{path}: its rope_freqs are not those of Llama 3's rope scaling, the one that is known")
+
+    def has(self, name: str) -> bool:
+        return gguf_names.to_gguf(name) in self.file.tensors
+
+    def weight(self, name: str) -> Weight:
+        stored = gguf_names.to_gguf(name)
+        if stored not in self.file.tensors:
+            raise InputError(f"{self.path} holds no tensor {stored}, which its header calls for")
+        weight = gguf_tensors.load(self.file, stored)
+        heads = gguf_names.permuted_heads(name, self.architecture, self.config)
+        return weight if heads is None else gguf_names.pairs_to_halves(weight, heads)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
+        return tokenizer_from_gguf(self.file)
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return config_to_hf(self.config)
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        ids = {"bos_token_id": self.config.bos_token_id, "pad_token_id": self.tokenizer.pad_id}
+        return {"eos_token_id": list(self.config.eos_token_ids), **{k: v for k, v in ids.items() if v is not None}}
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+
+def open_source(model: str) -> ModelSource:
+    """Open MODEL, named as on the command line. Raises InputError where it cannot be found or read."""
+    path = locate(model)
+    return GGUFSource(path) if path.is_file() else FolderSource(path)
+
+
+def as_dense(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight in floating point, whatever it is stored as."""
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
