@@ -1,6 +1,6 @@
 """The engine from Python: `LLM("smollm2").generate(["Once upon a time"])`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,14 @@ class LLM:
         self._requests = 0
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as tokens; the results come in the order of the prompts.
 
-        `params` are for all prompts or one for each. Raises InputError for a prompt that the model cannot take; then
+        `params` are for all prompts or one for each; `on_step` is told the number of steps so far after each. Raises InputError for a prompt that the model cannot take; then
         nothing has been generated.
         """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
@@ -42,7 +45,7 @@ class LLM:
             self.engine.check_prompt(tokens)
             self._requests += 1
             results.append(RequestOutput(str(self._requests), text, tokens, []))
-        self._run(zip(results, each, strict=True))
+        self._run(zip(results, each, strict=True), on_step)
         return results
 
     def chat(
@@ -51,7 +54,9 @@ class LLM:
         """The model's answer to a conversation of {"role", "content"} messages."""
         return self.generate(self.engine.tokenizer.encode_chat(messages, **variables), params)[0]
 
-    def _run(self, work: Iterable[tuple[RequestOutput, SamplingParams]]) -> None:
+    def _run(
+        self, work: Iterable[tuple[RequestOutput, SamplingParams]], on_step: Callable[[int], None] | None
+    ) -> None:
         completions: dict[str, CompletionOutput] = {}
         for result, params in work:
             for index in range(params.n):
@@ -61,10 +66,14 @@ class LLM:
                 completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
                 result.outputs.append(completion)
                 completions[request_id] = completion
+        steps = 0
         try:
             while self.engine.has_work:
+                steps += 1
                 for delta in self.engine.step():
                     _extend(completions[delta.request_id], delta)
+                if on_step is not None:
+                    on_step(steps)
         finally:
             for request_id in completions:  # after Ctrl-C or an error nothing may be left behind
                 self.engine.abort(request_id)

@@ -1,5 +1,6 @@
-"""A byte-pair encoder from the vocabulary in a GGUF header. Imports no torch."""
+"""Between the vocabulary in a GGUF header and a byte-pair encoder. Imports no torch."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from llmopt.errors import InputError
 
-CONTROL, USER_DEFINED = 3, 4  # of GGUF's token types, those that are matched in the text as they are
+# GGUF's token types; control and user-defined tokens are matched in the text as they are.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -120,3 +122,55 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], where: str) -
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return encoder
+
+
+def describe_encoder(encoder: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """The GGUF header entries for a byte-level encoder: the inverse of `build_encoder`.
+
+    The vocabulary is filled up to `vocab_size` where the model's embedding has more rows than there are tokens. Raises
+    InputError for an encoder whose way of splitting words has no name in GGUF.
+    """
+    content = json.loads(encoder.to_str())
+    if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
+        raise InputError("only byte-level BPE tokenizers can be written to GGUF; this one is of another kind")
+    patterns = tuple(_patterns(content.get("pre_tokenizer")))
+    composed = (content.get("normalizer") or {}).get("type") == "NFC"
+    whole_words = bool(content["model"].get("ignore_merges"))
+    names = [
+        name
+        for name, known in PRE_TOKENIZERS.items()
+        if tuple(known) == patterns and (name in _COMPOSED) == composed and (name in _WHOLE_WORDS_FIRST) == whole_words
+    ]
+    if not names:
+        raise InputError("the tokenizer splits words in a way that has no name in GGUF; it would tokenize wrongly there")
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, i in encoder.get_vocab(with_added_tokens=True).items():
+        tokens[i], types[i] = token, NORMAL
+    for i, added in encoder.get_added_tokens_decoder().items():
+        types[i] = CONTROL if added.special else USER_DEFINED
+    merges = content["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        "tokenizer.ggml.add_bos_token": bool(encoder.encode("", add_special_tokens=True).ids),
+    }
+
+
+def _patterns(pre_tokenizer: Mapping[str, Any] | None) -> list[str]:
+    """The patterns by which a pre-tokenizer splits, in the spelling of PRE_TOKENIZERS; [""] where it has another kind."""
+    if pre_tokenizer is None:
+        return [""]
+    kind = pre_tokenizer["type"]
+    if kind == "Sequence":
+        return [pattern for part in pre_tokenizer["pretokenizers"] for pattern in _patterns(part)]
+    if kind == "ByteLevel":
+        return [_GPT2] if pre_tokenizer.get("use_regex", True) else []
+    if kind == "Digits" and pre_tokenizer.get("individual_digits"):
+        return [r"\p{N}"]
+    if kind == "Split" and "Regex" in pre_tokenizer["pattern"] and pre_tokenizer["behavior"] == "Isolated":
+        return [pre_tokenizer["pattern"]["Regex"]]
+    return [""]

@@ -23,6 +23,8 @@ class Scheme:
         group_size: inputs that share a scale; `PER_CHANNEL` for one scale per output row; None where the
             user has not chosen yet (see `for_widths`).
         fixed_group: the group size is part of the scheme (GGUF's block types) and cannot be chosen.
+        signed_scale: the scale takes the sign that puts the largest value on the end of the range that reaches
+            further, as GGUF's 4-bit blocks do.
         activation_bits: 8 where activations are also rounded, per token, at run time; None where they stay in float.
     """
 
@@ -31,6 +33,7 @@ class Scheme:
     symmetric: bool = True
     group_size: int | None = None
     fixed_group: bool = False
+    signed_scale: bool = False
     activation_bits: int | None = None
 
     @property
@@ -73,7 +76,7 @@ SCHEMES = {
         Scheme("w8a8", bits=8, group_size=PER_CHANNEL, fixed_group=True, activation_bits=8),
         Scheme("f16", bits=16),
         Scheme("q8_0", bits=8, group_size=32, fixed_group=True),
-        Scheme("q4_0", bits=4, group_size=32, fixed_group=True),
+        Scheme("q4_0", bits=4, group_size=32, fixed_group=True, signed_scale=True),
     )
 }
 
