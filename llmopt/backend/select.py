@@ -1,0 +1,79 @@
+"""Which backend runs the model: what was asked for, what this machine has, and why."""
+
+import logging
+from typing import Literal
+
+import torch
+
+from llmopt.backend.base import Backend
+from llmopt.backend.reference import ReferenceBackend
+from llmopt.errors import InputError, LlmoptError
+
+BackendName = Literal["auto", "reference", "cpu"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HOW_TO_BUILD = "install llmopt again with a C++ compiler and Python's headers, or use --backend reference"
+
+_logger = logging.getLogger(__name__)
+
+
+def select_backend(name: str, device: str, dtype: str, threads: int | None) -> Backend:
+    """The backend for these settings; `auto` takes the fastest that this machine has.
+
+    Args:
+        name: auto, reference or cpu.
+        device: auto (CUDA where there is one), cpu or cuda.
+        dtype: of activations; auto is float32 on a CPU and bfloat16 on a GPU. The cpu backend computes in float32
+            only, so auto takes reference for another dtype.
+        threads: CPU threads, of torch and of the cpu backend; None leaves torch's own choice.
+
+    Raises InputError for settings that contradict each other, LlmoptError for what this machine does not have.
+    """
+    _check_known(name, device, dtype)
+    place = _find_device(name, device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if dtype == "auto":
+        dtype = "bfloat16" if place == "cuda" else "float32"
+    if name == "cpu" and place == "cuda":
+        raise InputError("--backend cpu runs on the CPU: give --device cpu, or --backend reference for --device cuda")
+    if name == "cpu" and dtype != "float32":
+        raise InputError(f"--backend cpu computes in float32, not {dtype}: give --dtype float32 or --backend reference")
+    if name == "reference" or place == "cuda":
+        return ReferenceBackend(place, _DTYPES[dtype])
+    if dtype != "float32":
+        _logger.warning("running on plain torch: the compiled CPU kernels compute in float32, not %s", dtype)
+        return ReferenceBackend(place, _DTYPES[dtype])
+    return _compiled_backend(name)
+
+
+def _compiled_backend(name: str) -> Backend:
+    """The cpu backend; reference in its place, with a warning, where it is not built and `name` is auto."""
+    try:
+        from llmopt.backend.cpu import CpuBackend
+    except ImportError as error:
+        if name == "cpu":
+            raise LlmoptError(f"the compiled CPU kernels are not there ({error}): {_HOW_TO_BUILD}") from error
+        _logger.warning("running on plain torch: the compiled CPU kernels are not there (%s)", error)
+        return ReferenceBackend("cpu", torch.float32)
+    return CpuBackend(torch.get_num_threads())
+
+
+def _check_known(name: str, device: str, dtype: str) -> None:
+    for flag, value, known in (
+        ("backend", name, BackendName.__args__),  # type: ignore[attr-defined]
+        ("device", device, DeviceName.__args__),  # type: ignore[attr-defined]
+        ("dtype", dtype, ("auto", *_DTYPES)),
+    ):
+        if value not in known:
+            raise InputError(f"unknown {flag} {value!r}; known: {', '.join(known)}")
+
+
+def _find_device(name: str, device: str) -> str:
+    """cpu or cuda. Raises LlmoptError where CUDA is asked for and torch sees none."""
+    if device == "auto":
+        return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LlmoptError("torch sees no CUDA device: give --device cpu, or install a CUDA build of torch")
+    return device
