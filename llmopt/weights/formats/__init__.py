@@ -4,7 +4,7 @@ from typing import Any
 
 from llmopt.errors import InputError
 from llmopt.weights.formats.awq import AWQ
-from llmopt.weights.formats.base import HOLDS, Format, check
+from llmopt.weights.formats.base import Format
 from llmopt.weights.formats.compressed_tensors import CompressedTensors
 from llmopt.weights.formats.gptq import GPTQ
 
@@ -23,4 +23,4 @@ def find_format(quantization_config: dict[str, Any]) -> Format:
     return FORMATS[method].parse(quantization_config)
 
 
-__all__ = ["FORMATS", "HOLDS", "Format", "check", "find_format"]
+__all__ = ["FORMATS", "Format", "find_format"]

@@ -22,7 +22,6 @@ from llmopt.weights.formats.base import (
     Format,
     Load,
     Settings,
-    check,
     expect,
     load_as,
     parse_settings,
@@ -55,6 +54,7 @@ class AWQ(Format):
     """
 
     name: ClassVar[str] = "awq"
+    schemes: ClassVar[tuple[str, ...]] = ("w4a16-asym",)
 
     group_size: int
     ignore: tuple[str, ...] = ("lm_head",)
@@ -67,7 +67,7 @@ class AWQ(Format):
         desc_act: bool = False,
         damp: float | None = None,
     ) -> Self:
-        check(cls.name, scheme)
+        cls.check(scheme)
         if desc_act:
             raise InputError("awq stores no group index, so --desc-act cannot be written to it")
         if scheme.group_size is None:

@@ -15,24 +15,6 @@ from llmopt.weights.scheme import Scheme
 Load = Callable[[str], Tensor]
 """Reads one tensor of a checkpoint by its name; raises InputError where there is none."""
 
-HOLDS = {
-    "gptq": ("w4a16", "w4a16-asym", "w8a16"),
-    "awq": ("w4a16-asym",),
-    "compressed-tensors": ("w4a16", "w8a16", "w8a8"),
-    "gguf": ("f16", "q8_0", "q4_0"),
-}
-"""The schemes that each format can be written in, by the names of the command line."""
-
-
-def check(format_name: str, scheme: Scheme) -> None:
-    """Raise InputError, naming what is possible, where there is no such format or it does not hold the scheme."""
-    if format_name not in HOLDS:
-        raise InputError(f"unknown format {format_name!r}; known: {', '.join(HOLDS)}")
-    if scheme.name not in HOLDS[format_name]:
-        others = [name for name, schemes in HOLDS.items() if scheme.name in schemes]
-        held = f"{scheme.name} goes into {', '.join(others)}" if others else f"no format holds {scheme.name}"
-        raise InputError(f"{format_name} holds {', '.join(HOLDS[format_name])}, not {scheme.name}; {held}")
-
 
 class Format(ABC):
     """How quantized modules lie in a safetensors checkpoint, with the settings that its config.json gives.
@@ -42,6 +24,14 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
+    schemes: ClassVar[tuple[str, ...]]
+    """The schemes that can be written, by their names on the command line."""
+
+    @classmethod
+    def check(cls, scheme: Scheme) -> None:
+        """Raise InputError, naming what is possible, where the format does not hold the scheme."""
+        if scheme.name not in cls.schemes:
+            raise InputError(f"{cls.name} does not hold {scheme.name}; it holds {', '.join(cls.schemes)}")
 
     @classmethod
     @abstractmethod

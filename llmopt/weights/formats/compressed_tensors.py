@@ -26,7 +26,6 @@ from llmopt.weights.formats.base import (
     Format,
     Load,
     Settings,
-    check,
     expect,
     load_as,
     parse_settings,
@@ -91,6 +90,7 @@ class CompressedTensors(Format):
     """
 
     name: ClassVar[str] = "compressed-tensors"
+    schemes: ClassVar[tuple[str, ...]] = ("w4a16", "w8a16", "w8a8")
 
     layout: str
     bits: int
@@ -107,7 +107,7 @@ class CompressedTensors(Format):
         desc_act: bool = False,
         damp: float | None = None,
     ) -> Self:
-        check(cls.name, scheme)
+        cls.check(scheme)
         if desc_act:
             raise InputError("compressed-tensors stores no group index, so --desc-act cannot be written to it")
         if scheme.group_size is None:

@@ -25,7 +25,6 @@ from llmopt.weights.formats.base import (
     Format,
     Load,
     Settings,
-    check,
     expect,
     load_as,
     parse_settings,
@@ -66,6 +65,7 @@ class GPTQ(Format):
     """
 
     name: ClassVar[str] = "gptq"
+    schemes: ClassVar[tuple[str, ...]] = ("w4a16", "w4a16-asym", "w8a16")
 
     bits: int
     group_size: int
@@ -83,7 +83,7 @@ class GPTQ(Format):
         desc_act: bool = False,
         damp: float | None = None,
     ) -> Self:
-        check(cls.name, scheme)
+        cls.check(scheme)
         if scheme.group_size is None:
             raise ValueError("the group size is not settled")
         version = V1 if scheme.symmetric else V2
