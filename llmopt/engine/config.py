@@ -1,11 +1,14 @@
 """The settings of an engine; each is a flag of `llmopt serve` with dashes for underscores."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from llmopt.errors import InputError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+BackendName = Literal["auto", "reference", "cpu"]
+_CHOICES = {"device": DeviceName, "backend": BackendName, "dtype": DTypeName, "kv_cache_dtype": DTypeName}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,8 @@ class EngineConfig:
     """
 
     model: str
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    backend: Literal["auto", "reference", "cpu"] = "auto"
+    device: DeviceName = "auto"
+    backend: BackendName = "auto"
     dtype: DTypeName = "auto"
     kv_cache_dtype: DTypeName = "auto"
     kv_cache_memory_bytes: int | None = None
@@ -42,6 +45,9 @@ class EngineConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise InputError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
         for name in ("kv_cache_memory_bytes", "block_size", "max_model_len", "max_num_seqs", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,0 +1,104 @@
+"""`llmopt serve`: read the options, run the server, say where it is."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.panel import Panel
+
+from llmopt.cli.console import errors
+
+if TYPE_CHECKING:
+    from llmopt.serve.lifecycle import Started
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or smollm2.")],
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. The default is open to this machine only, because there is no key unless you "
+            "give one; 0.0.0.0 is open to the network."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LLMOPT_API_KEY",
+            show_default=False,
+            help="Key that requests under /v1 must carry. Prefer the variable: other users can see options.",
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model in the API, in place of MODEL; may be repeated.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together, at most.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step, at most.")] = 2048,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto (same as --dtype), float32, bfloat16 or float16.")] = "auto",
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Size of the KV cache.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Of activations: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or cpu.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default one a core.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds requests that bring no seed.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Jinja chat template in place of the model's own.")
+    ] = None,
+    shutdown_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests get to finish after Ctrl-C or SIGTERM.")
+    ] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve MODEL behind an OpenAI-compatible HTTP API.
+
+    Example: llmopt serve smollm2 --port 8000
+
+    Then: curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time"}'
+    """
+    from llmopt.engine.config import EngineConfig
+    from llmopt.serve.lifecycle import run_server
+    from llmopt.serve.settings import ServerSettings
+
+    choices: dict[str, Any] = {  # the configuration refuses what it does not know, with the names that it does
+        "device": device,
+        "backend": backend,
+        "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
+    engine = EngineConfig(
+        model=model,
+        **choices,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        threads=threads,
+        seed=seed,
+    )
+    settings = ServerSettings(
+        engine=engine,
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_name=tuple(served_model_name or ()),
+        shutdown_timeout=shutdown_timeout,
+        chat_template=chat_template,
+        log_level=log_level,
+    )
+    raise typer.Exit(run_server(settings, _announce))
+
+
+def _announce(started: "Started") -> None:
+    ready = started.ready
+    lines = (
+        f"model    {', '.join(started.model_names)}",
+        f"address  {started.url}/v1",
+        f"length   {ready.max_model_len} tokens, prompt and output together",
+        f"cache    {ready.blocks} blocks of {ready.block_size} tokens",
+    )
+    errors.print(Panel("\n".join(lines), title="llmopt serve", expand=False), highlight=False, markup=False)
+    # Unwrapped and in one piece: scripts wait for this line and read the address from it.
+    errors.print(f"ready in {started.seconds:.1f} s at {started.url}", soft_wrap=True, highlight=False, markup=False)
