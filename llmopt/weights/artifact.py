@@ -1,0 +1,146 @@
+"""Crash-safe writing: a result appears under its name whole, or not at all.
+
+It is built beside its final place under a hidden name, brought to the disk, and renamed as the last step. What goes
+wrong in between leaves nothing; only a process that is killed leaves the hidden, unfinished copy.
+"""
+
+import errno
+import os
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+
+from safetensors import SafetensorError
+
+from llmopt.errors import InputError, LlmoptError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Artifact(ABC):
+    """A context manager that gives the path to write to and, when its block ends well, puts it in its place."""
+
+    def __init__(self, output: Path | str, overwrite: bool = False) -> None:
+        """Raises InputError where `output` cannot be written, or would replace something without `overwrite`."""
+        self.output = Path(output).expanduser().resolve()
+        self.overwrite = overwrite
+        self.partial = self.output.with_name(f".{self.output.name}.partial-{os.getpid()}")
+        self._check_output()
+
+    def __enter__(self) -> Path:
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            _remove(self.partial)
+            self._begin()
+        except OSError as error:
+            raise InputError(f"cannot write to {self.output}: {_reason(error)}") from None
+        return self.partial
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._check_output()
+                _sync(self.partial)
+                self._publish()
+        except OSError as failure:
+            error = failure
+            raise LlmoptError(f"cannot finish {self.output}: {_reason(failure)}") from failure
+        finally:
+            _remove(self.partial)
+        if _is_full_disk(error):
+            raise LlmoptError(f"the disk of {self.output} is full; nothing was written") from error
+
+    @abstractmethod
+    def _check_output(self) -> None:
+        """Raise InputError where the final place is taken."""
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Make the hidden path ready to be written."""
+
+    def _publish(self) -> None:
+        self.partial.replace(self.output)
+        _sync_entry(self.output.parent)
+
+
+class ArtifactFolder(_Artifact):
+    """A folder that appears whole: `with ArtifactFolder("out") as folder:` write into `folder`.
+
+    An existing folder that is not empty is only replaced with `overwrite`, and then as the last step: it steps aside
+    under a hidden name and is deleted once the new one is in its place.
+    """
+
+    def _check_output(self) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"{self.output} is a file; give a folder to write to")
+        if not self.overwrite and self.output.is_dir() and any(self.output.iterdir()):
+            raise InputError(f"{self.output} exists and is not empty: choose another output, or overwrite it")
+
+    def _begin(self) -> None:
+        self.partial.mkdir()
+
+    def _publish(self) -> None:
+        aside = self.output.with_name(f".{self.output.name}.replaced-{os.getpid()}")
+        _remove(aside)
+        replaced = self.output.is_dir()
+        if replaced:
+            self.output.replace(aside)
+        try:
+            super()._publish()
+        except OSError:
+            if replaced:
+                aside.replace(self.output)
+            raise
+        _remove(aside)
+
+
+class ArtifactFile(_Artifact):
+    """A file that appears whole: `with ArtifactFile("out.gguf") as path:` write the file at `path`."""
+
+    def _check_output(self) -> None:
+        if self.output.is_dir():
+            raise InputError(f"{self.output} is a folder; give a file to write to")
+        if not self.overwrite and self.output.exists():
+            raise InputError(f"{self.output} exists: choose another output, or overwrite it")
+
+    def _begin(self) -> None:
+        self.partial.touch()
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder with all in it, to the disk."""
+    for folder, _, files in os.walk(path):
+        for file in files:
+            _sync_entry(Path(folder, file))
+        _sync_entry(Path(folder))
+    if path.is_file():
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """safetensors tells of a full disk only in its message, by the system's number of the error."""
+    if isinstance(error, SafetensorError):
+        return any(f"os error {number}" in str(error) for number in _FULL)
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def _reason(error: OSError) -> str:
+    return "the disk is full" if _is_full_disk(error) else str(error.strerror or error)
