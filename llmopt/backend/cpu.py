@@ -1,16 +1,164 @@
-"""The compiled CPU kernels behind the backend's door."""
+"""The compiled CPU kernels: quantized weights are multiplied as they are, without a copy in floating point."""
+
+import logging
+import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from llmopt.backend.base import Linear
 from llmopt.backend.reference import ReferenceBackend
-from llmopt.kernels import _cpu  # noqa: F401  (its absence is what makes this import fail)
+from llmopt.errors import InputError
+from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
+from llmopt.weights.quantized import QuantizedTensor, Weight
+
+GROUP_STEP = 8  # the kernels read groups in words of eight 4-bit codes
+MOST_INTEGER_INPUTS = 65_536  # so many products of two 8-bit codes fit a 32-bit sum
+
+_logger = logging.getLogger(__name__)
+
+
+class CpuLinear(Linear):
+    """Parts whose outputs lie side by side: packed weights and, where the kernels cannot, the reference's linears."""
+
+    def __init__(self, multiplier: Multiplier, parts: Sequence[PackedWeight | Linear]) -> None:
+        self.multiplier = multiplier
+        self.parts = parts
+        self.in_features = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [T, in] to float32 [T, out]. Raises ValueError for another dtype or width."""
+        if x.dtype != torch.float32 or x.shape[1:] != (self.in_features,):
+            raise ValueError(f"activations are {x.dtype} {tuple(x.shape)}, not float32 [T, {self.in_features}]")
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        y = torch.empty(x.shape[0], self.out_features)
+        column = 0
+        for part in self.parts:
+            if isinstance(part, Linear):
+                y[:, column : column + part.out_features] = part(x)
+            else:
+                target = y.data_ptr() + column * y.element_size()
+                self.multiplier.multiply(part, x.data_ptr(), x.stride(0), x.shape[0], target, self.out_features)
+            column += part.out_features
+        return y
 
 
 class CpuBackend(ReferenceBackend):
-    """Activations in float32 on the processor."""
+    """The reference with compiled products of quantized weights. Activations are float32.
+
+    Its threads and torch's take turns: a kernel has returned before torch goes on.
+    """
 
     name = "cpu"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int | None = None, instruction_set: str = "auto") -> None:
+        """Take `threads` threads, None for one a core. Raises InputError where the processor lacks the set."""
         super().__init__("cpu", torch.float32)
-        self.threads = threads
+        known = ("auto", *instruction_sets())
+        if instruction_set not in known:
+            raise InputError(
+                f"instruction set {instruction_set!r} is not on this processor; it has: {', '.join(known)}"
+            )
+        self.multiplier = Multiplier(threads or len(os.sched_getaffinity(0)), instruction_set)
+        self._warned: set[str] = set()
+
+    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
+        pieces = list(zip(weights, biases, strict=True))
+        parts = [self._pack_part(run) for run in mergeable_runs(pieces)]
+        only = parts[0]
+        return only if len(parts) == 1 and isinstance(only, Linear) else CpuLinear(self.multiplier, parts)
+
+    def _pack_part(self, pieces: list[tuple[Weight, Tensor | None]]) -> PackedWeight | Linear:
+        weights, biases = [weight for weight, _ in pieces], [bias for _, bias in pieces]
+        first = weights[0]
+        reason = "the weight is not quantized" if isinstance(first, Tensor) else why_not(first)
+        if reason is not None or isinstance(first, Tensor):
+            self._warn_once(str(reason))
+            return super().pack(weights, biases)
+        bias = self.join_biases(weights, biases)
+        return packed([weight for weight in weights if isinstance(weight, QuantizedTensor)], bias)
+
+    def _warn_once(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            _logger.warning("some linear layers run on plain torch: %s", reason)
+
+
+def packed(weights: list[QuantizedTensor], bias: Tensor | None) -> PackedWeight:
+    """Weights of one kind, outputs side by side, in the layout of the kernels. `bias` is float32 [all outputs]."""
+    first = weights[0]
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    order = packing_order(first)
+    return PackedWeight(
+        codes=torch.cat([weight.codes for weight in weights]),
+        scales=torch.cat([weight.scales.float() for weight in weights]),
+        zeros=torch.cat(zeros) if zeros else None,
+        bias=bias,
+        order=order,
+        bits=first.bits,
+        integer_activations=first.activation_bits is not None,
+    )
+
+
+def mergeable_runs(pieces: list[tuple[Weight, Tensor | None]]) -> list[list[tuple[Weight, Tensor | None]]]:
+    """Neighbours that one kernel call can serve, together."""
+    runs: list[list[tuple[Weight, Tensor | None]]] = []
+    for piece in pieces:
+        if runs and same_kind(runs[-1][-1][0], piece[0]):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
+
+
+def same_kind(a: Weight, b: Weight) -> bool:
+    """Whether two weights differ in nothing but their numbers and their outputs."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor)
+    if (a.bits, a.activation_bits, a.zeros is None, a.scales.shape[1]) != (
+        b.bits,
+        b.activation_bits,
+        b.zeros is None,
+        b.scales.shape[1],
+    ):
+        return False
+    if a.group_index is None or b.group_index is None:
+        return a.group_index is b.group_index
+    return torch.equal(a.group_index, b.group_index)
+
+
+def why_not(weight: QuantizedTensor) -> str | None:
+    """What about this weight the kernels cannot do, or None."""
+    if weight.activation_bits is not None:
+        if weight.activation_bits != 8 or weight.scales.shape[1] != 1 or weight.zeros is not None:
+            return "rounded activations are compiled only for 8 bits and symmetric weights with one scale a row"
+        if weight.shape[1] > MOST_INTEGER_INPUTS:
+            return f"rounded activations are compiled for at most {MOST_INTEGER_INPUTS} inputs"
+    sizes = torch.bincount(weight.groups(), minlength=weight.scales.shape[1])
+    # Every group is padded to the longest, so very unequal ones would cost more than they save.
+    if int(sizes.max()) > 2 * weight.group_size:
+        return "the groups of a weight are of very unequal sizes"
+    return None
+
+
+def packing_order(weight: QuantizedTensor) -> Tensor | None:
+    """int32 [packed inputs]: which input stands at each place, -1 for none; None where inputs stay as they are.
+
+    Groups become runs of equal length, a multiple of GROUP_STEP.
+    """
+    plain = weight.plain_order()
+    groups = plain.groups()
+    count = plain.scales.shape[1]
+    sizes = torch.bincount(groups, minlength=count)
+    length = -(-int(sizes.max()) // GROUP_STEP) * GROUP_STEP
+    if plain.group_index is None and int(sizes.max()) == length:
+        return None
+    by_group = torch.argsort(groups, stable=True)
+    starts = torch.cumsum(sizes, 0) - sizes
+    place_in_group = torch.arange(len(groups)) - starts[groups[by_group]]
+    order = torch.full((count * length,), -1, dtype=torch.int32)
+    order[groups[by_group] * length + place_in_group] = by_group.int()
+    return order

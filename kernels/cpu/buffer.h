@@ -1,0 +1,45 @@
+// Memory that starts on a cache line, zeroed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace llmopt {
+
+template <class Element>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) : size_(size) {
+    data_ = static_cast<Element*>(::operator new(bytes(), std::align_val_t{kAlignment}));
+    std::memset(data_, 0, bytes());
+  }
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t{kAlignment}); }
+
+  Element* data() { return data_; }
+  const Element* data() const { return data_; }
+  int64_t size() const { return size_; }
+  size_t bytes() const { return static_cast<size_t>(size_) * sizeof(Element); }
+  Element& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+
+  void swap(Buffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
+
+  Element* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace llmopt
