@@ -25,6 +25,7 @@ class Scheme:
         fixed_group: the group size is part of the scheme (GGUF's block types) and cannot be chosen.
         signed_scale: the scale takes the sign that puts the largest value on the end of the range that reaches
             further, as GGUF's 4-bit blocks do.
+        gguf_type: the GGUF tensor type that holds it, None for schemes of the other formats.
         activation_bits: 8 where activations are also rounded, per token, at run time; None where they stay in float.
     """
 
@@ -34,6 +35,7 @@ class Scheme:
     group_size: int | None = None
     fixed_group: bool = False
     signed_scale: bool = False
+    gguf_type: str | None = None
     activation_bits: int | None = None
 
     @property
@@ -62,7 +64,9 @@ class Scheme:
             return replace(self, group_size=dividing[0])
         bad = sorted(width for width in widths if width % self.group_size)
         if bad:
-            possible = f"of the usual sizes {', '.join(map(str, dividing))} would" if dividing else "use -1 for whole rows"
+            possible = (
+                f"of the usual sizes {', '.join(map(str, dividing))} would" if dividing else "use -1 for whole rows"
+            )
             raise InputError(f"group size {self.group_size} does not divide rows of {bad[0]}; {possible}")
         return self
 
@@ -74,9 +78,9 @@ SCHEMES = {
         Scheme("w4a16-asym", bits=4, symmetric=False),
         Scheme("w8a16", bits=8),
         Scheme("w8a8", bits=8, group_size=PER_CHANNEL, fixed_group=True, activation_bits=8),
-        Scheme("f16", bits=16),
-        Scheme("q8_0", bits=8, group_size=32, fixed_group=True),
-        Scheme("q4_0", bits=4, group_size=32, fixed_group=True, signed_scale=True),
+        Scheme("f16", bits=16, gguf_type="F16"),
+        Scheme("q8_0", bits=8, group_size=32, fixed_group=True, gguf_type="Q8_0"),
+        Scheme("q4_0", bits=4, group_size=32, fixed_group=True, signed_scale=True, gguf_type="Q4_0"),
     )
 }
 

