@@ -16,10 +16,11 @@ namespace llmopt {
 namespace {
 
 constexpr int kLanes = kVectorBytes / 4;
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 constexpr int kParts = kTile / kLanes;  // vectors across a tile
 constexpr int kPanelColumns = 2;
 constexpr int64_t kPanelTiles = kParts == 1 ? kPanelColumns : 1;
-constexpr int64_t kFusedRows = 4;
+constexpr int64_t kFusedRows = kParts == 1 ? 8 : 4;
 
 template <class Vector, class Element>
 inline Vector load(const Element* from) {
@@ -43,11 +44,10 @@ inline Floats bias_of(const WeightView& weight, int64_t output) {
   return weight.bias ? load<Floats>(weight.bias + output) : Floats{};
 }
 
-// Zero points of one group less the middle code, as 16 or fewer floats.
+// One group's zero points less the middle code.
 inline Floats zeros_at(const WeightView& weight, int64_t index) {
-  Floats value;
-  for (int lane = 0; lane < kLanes; ++lane) value[lane] = static_cast<float>(weight.zeros[index + lane] - weight.middle);
-  return value;
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(weight.zeros + index), Ints) - weight.middle,
+                                 Floats);
 }
 
 // One tile times kRows rows. Codes are multiplied as they are; a group's scale and zero point come in once, at its end:
@@ -73,7 +73,7 @@ void fused_tile(const WeightView& weight, int64_t tile, const Rows& rows, const 
 #pragma GCC unroll 8
         for (int j = 0; j < kCodes; ++j) {
           const Floats code = to_float<kBits>(word, j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int row = 0; row < kRows; ++row) sum[row][part][j % kChains] += code * x[row * rows.x_stride + j];
         }
       }
@@ -98,16 +98,16 @@ void fused_tile(const WeightView& weight, int64_t tile, const Rows& rows, const 
   }
 }
 
-template <int kBits>
-void fused_bits(const WeightView& weight, Tiles tiles, const Rows& rows, const float* sums) {
-  using Function = void (*)(const WeightView&, int64_t, const Rows&, const float*);
-  constexpr Function by_rows[kFusedRows] = {fused_tile<kBits, 1>, fused_tile<kBits, 2>, fused_tile<kBits, 3>,
-                                            fused_tile<kBits, 4>};
-  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) by_rows[rows.count - 1](weight, tile, rows, sums);
+template <int kBits, int kRows = kFusedRows>
+void fused_rows(const WeightView& weight, Tiles tiles, const Rows& rows, const float* sums) {
+  if constexpr (kRows > 1) {
+    if (rows.count < kRows) return fused_rows<kBits, kRows - 1>(weight, tiles, rows, sums);
+  }
+  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) fused_tile<kBits, kRows>(weight, tile, rows, sums);
 }
 
 void fused(const WeightView& weight, Tiles tiles, const Rows& rows, const float* sums) {
-  weight.bits == 4 ? fused_bits<4>(weight, tiles, rows, sums) : fused_bits<8>(weight, tiles, rows, sums);
+  weight.bits == 4 ? fused_rows<4>(weight, tiles, rows, sums) : fused_rows<8>(weight, tiles, rows, sums);
 }
 
 // Dequantizes one tile to floats [in][16].
@@ -261,10 +261,15 @@ void integers(const WeightView& weight, Tiles tiles, const Rows& rows, const uin
 }
 
 float round_row(const float* x, int64_t count, uint8_t* codes) {
-  float largest = 0;
+  float largest = 0, broken = 0;  // `broken` becomes NaN where the row holds an infinity or a NaN
   for (int64_t i = 0; i < count; ++i) {
     const float magnitude = __builtin_fabsf(x[i]);
     largest = magnitude > largest ? magnitude : largest;
+    broken += x[i] * 0;
+  }
+  if (broken != 0) {
+    std::memset(codes, kActivationOffset, static_cast<size_t>(count));
+    return broken;  // as a scale it makes the whole row NaN, as it is in the reference
   }
   const float scale = largest == 0 ? 1.0F : largest / 127.0F;
   // rint rounds halves to even, and dividing (not multiplying by the inverse) gives the reference's codes exactly.
