@@ -94,7 +94,9 @@ def _draw(logits: Tensor, requests: list[Request]) -> Tensor:
 
 def _draw_filtered(logits: Tensor, requests: list[Request]) -> Tensor:
     """As `_draw`, with the unlikely tokens cut off; works on the tokens sorted by likelihood."""
-    scaled, order = (logits / _column(requests, "temperature", logits.device)).sort(-1, descending=True, stable=True)
+    scaled, order = (logits / _column(requests, "temperature", logits.device)).sort(
+        dim=-1, descending=True, stable=True
+    )
     top_k = _column(requests, "top_k", logits.device)
     rank = torch.arange(logits.shape[1], device=logits.device)
     scaled.masked_fill_((top_k > 0) & (rank >= top_k), -torch.inf)
