@@ -19,6 +19,7 @@ MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # ggml's own limit
 MAX_NESTING = 4  # arrays within arrays; nothing known nests even twice
+LONGEST_MESSAGE = 300  # characters
 STRING, ARRAY = 8, 9  # of the types of metadata, those of no fixed size
 
 SCALARS = {
@@ -90,7 +91,8 @@ class GGUFFile:
         try:
             header = _Header(self._map)
         except _Malformed as error:
-            raise InputError(f"{self.path} is not a whole GGUF file: {error}") from None
+            # Cut short, because a name out of a broken file can be as long as the file.
+            raise InputError(f"{self.path} is not a whole GGUF file: {str(error)[:LONGEST_MESSAGE]}") from None
         self.metadata = header.metadata
         self.tensors = header.tensors
         parts = self.metadata.get("split.count", 1)

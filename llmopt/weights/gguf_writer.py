@@ -84,12 +84,13 @@ class GGUFWriter:
         if not self._awaited or self._awaited[-1].name != name:
             expected = self._awaited[-1].name if self._awaited else "none"
             raise ValueError(f"{name} was given where {expected} is next")
-        info = self._awaited.pop()
+        info = self._awaited[-1]
         dtype = STORED_AS.get(info.type, torch.uint8)
         if tensor.dtype != dtype or tensor.nbytes != info.nbytes:
             raise ValueError(
                 f"{name} is {tensor.nbytes} bytes of {tensor.dtype}, and {info.type} has {info.nbytes} of {dtype}"
             )
+        self._awaited.pop()
         self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._file.write(bytes(_aligned(info.nbytes) - info.nbytes))
 
