@@ -1,0 +1,81 @@
+"""Puts load on a server of OpenAI's completions API and keeps a trace of every request."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import aiohttp
+import numpy as np
+
+from llmopt.bench.datasets import Prompt
+from llmopt.bench.metrics import RequestTrace
+from llmopt.bench.stream import Target, complete
+from llmopt.errors import LlmoptError
+
+Watch = Callable[[RequestTrace], None]
+
+LINE_BUFFER = 1 << 20  # bytes of one event; aiohttp's own 64 KiB is less than some servers send at the end
+
+
+async def run_load(
+    target: Target,
+    prompts: Sequence[Prompt],
+    due: np.ndarray,
+    max_concurrency: int | None,
+    warmups: Sequence[Prompt],
+    watch: Watch,
+) -> list[RequestTrace]:
+    """Send every prompt at its time and wait for all answers.
+
+    Args:
+        due: seconds after the start, float64 [len(prompts)], rising.
+        max_concurrency: requests in flight at most; the others wait in the client, which the scheduled latencies show.
+        warmups: sent one after the other before the clock starts; prompts that are not measured.
+        watch: called with each trace when its request has ended.
+
+    Returns:
+        A trace for each prompt, in their order, whether it was answered or failed.
+
+    Raises LlmoptError where the server answers no warm-up.
+    """
+    async with _session(target) as session:
+        target = await _warm_up(session, target, warmups)
+        slots = asyncio.Semaphore(max_concurrency or len(prompts))
+        closed_loop = max_concurrency is not None and not due.any()
+        start = time.perf_counter()
+        traces = [RequestTrace(scheduled=start + offset) for offset in due.tolist()]
+
+        async def one(prompt: Prompt, trace: RequestTrace) -> None:
+            await asyncio.sleep(max(0.0, trace.scheduled - time.perf_counter()))
+            async with slots:
+                if closed_loop:  # a user who waits for the last answer before asking again
+                    trace.scheduled = time.perf_counter()
+                await complete(session, target, prompt, trace)
+            watch(trace)
+
+        await asyncio.gather(*(one(prompt, trace) for prompt, trace in zip(prompts, traces, strict=True)))
+    return traces
+
+
+def _session(target: Target) -> aiohttp.ClientSession:
+    """A client without a limit on connections, so that it is the server that limits."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=target.timeout),
+        read_bufsize=LINE_BUFFER,
+    )
+
+
+async def _warm_up(session: aiohttp.ClientSession, target: Target, prompts: Sequence[Prompt]) -> Target:
+    """Send the warm-ups, and find out whether the server refuses to count tokens in every chunk."""
+    for prompt in prompts:
+        trace = RequestTrace(scheduled=time.perf_counter())
+        await complete(session, target, prompt, trace)
+        if trace.error is not None and trace.error.startswith("HTTP 4") and target.counts_each_chunk:
+            target = replace(target, counts_each_chunk=False)
+            trace = RequestTrace(scheduled=time.perf_counter())
+            await complete(session, target, prompt, trace)
+        if trace.error is not None:
+            raise LlmoptError(f"{target.completions_url} does not answer the warm-up request: {trace.error}")
+    return target
