@@ -22,12 +22,14 @@ void pause_core() {
 #endif
 }
 
-// Waits until ready() holds, for as long as kSpin.
+// Waits until ready() holds, for as long as kSpin. Yields meanwhile: on a busy machine the one waited for may be
+// queued on this very core.
 template <class Ready>
 void spin_until(Ready&& ready) {
   const auto end = std::chrono::steady_clock::now() + kSpin;
   while (!ready()) {
     for (int i = 0; i < 16; ++i) pause_core();
+    std::this_thread::yield();
     if (std::chrono::steady_clock::now() > end) return;
   }
 }

@@ -74,7 +74,7 @@ class CpuBackend(ReferenceBackend):
     def _pack_part(self, pieces: list[tuple[Weight, Tensor | None]]) -> PackedWeight | Linear:
         weights, biases = [weight for weight, _ in pieces], [bias for _, bias in pieces]
         first = weights[0]
-        reason = "the weight is not quantized" if isinstance(first, Tensor) else why_not(first)
+        reason = "dense weights are left to torch" if isinstance(first, Tensor) else why_not(first)
         if reason is not None or isinstance(first, Tensor):
             self._warn_once(str(reason))
             return super().pack(weights, biases)
@@ -133,10 +133,12 @@ def same_kind(a: Weight, b: Weight) -> bool:
 def why_not(weight: QuantizedTensor) -> str | None:
     """What about this weight the kernels cannot do, or None."""
     if weight.activation_bits is not None:
-        if weight.activation_bits != 8 or weight.scales.shape[1] != 1 or weight.zeros is not None:
-            return "rounded activations are compiled only for 8 bits and symmetric weights with one scale a row"
+        if weight.activation_bits != 8:
+            return f"activations are rounded to 8 bits only, not {weight.activation_bits}"
+        if weight.scales.shape[1] != 1 or weight.zeros is not None:
+            return "activations of 8 bits need symmetric weights with one scale a row, without groups"
         if weight.shape[1] > MOST_INTEGER_INPUTS:
-            return f"rounded activations are compiled for at most {MOST_INTEGER_INPUTS} inputs"
+            return f"activations of 8 bits are compiled for at most {MOST_INTEGER_INPUTS} inputs"
     sizes = torch.bincount(weight.groups(), minlength=weight.scales.shape[1])
     # Every group is padded to the longest, so very unequal ones would cost more than they save.
     if int(sizes.max()) > 2 * weight.group_size:
