@@ -176,8 +176,10 @@ class CompressedTensors(Format):
         if weight.group_index is not None:
             raise LlmoptError(f"{module} has a group index, which {self.name} cannot store")
         if self.layout == INTEGER:
-            scales = to_float16(weight.scales, module).float()
-            return {f"{module}.weight": _signed(weight.codes, self.bits), f"{module}.weight_scale": scales}
+            return {
+                f"{module}.weight": (weight.codes - weight.middle).view(torch.int8),  # bytes wrap round, as is wanted
+                f"{module}.weight_scale": weight.scales.float(),
+            }
         return {
             f"{module}.weight_packed": bit_stream.pack(weight.codes, self.bits),
             f"{module}.weight_scale": to_float16(weight.scales, module),
@@ -207,8 +209,3 @@ class CompressedTensors(Format):
         words = bit_stream.words_for(in_features, self.bits)
         packed = load_as(load, f"{module}.weight_packed", (out_features, words), torch.int32)
         return bit_stream.unpack(packed, self.bits, in_features)
-
-
-def _signed(codes: Tensor, bits: int) -> Tensor:
-    """int8 of codes about 0."""
-    return (codes - (1 << (bits - 1))).view(torch.int8)
