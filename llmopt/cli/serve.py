@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.panel import Panel
+from rich.text import Text
 
 from llmopt.cli.console import errors
 
@@ -99,6 +100,6 @@ def _announce(started: "Started") -> None:
         f"length   {ready.max_model_len} tokens, prompt and output together",
         f"cache    {ready.blocks} blocks of {ready.block_size} tokens",
     )
-    errors.print(Panel("\n".join(lines), title="llmopt serve", expand=False), highlight=False, markup=False)
+    errors.print(Panel(Text("\n".join(lines)), title="llmopt serve", expand=False))
     # Unwrapped and in one piece: scripts wait for this line and read the address from it.
     errors.print(f"ready in {started.seconds:.1f} s at {started.url}", soft_wrap=True, highlight=False, markup=False)

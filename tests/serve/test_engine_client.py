@@ -1,0 +1,234 @@
+"""The client against a scripted engine at the other end of the socket."""
+
+import asyncio
+import socket
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+
+from llmopt.engine.outputs import Delta, EngineStats, TokenLogprobs
+from llmopt.engine.params import SamplingParams
+from llmopt.errors import InputError, LlmoptError
+from llmopt.serve import engine_client
+from llmopt.serve.engine_client import EngineClient, merge
+from llmopt.serve.errors import EngineStopped, Unavailable
+from llmopt.serve.metrics import Metrics
+from llmopt.serve.protocol import LENGTH, Abort, Add, Deltas, Failed, Ready, Rejected, frame, to_engine_decoder
+
+READY = Ready(max_model_len=8, vocab_size=9, blocks=4, block_size=2, default_sampling={"top_k": 5})
+WORK = ([1, 2], SamplingParams())
+
+
+def delta(request_id, text, finish=None, output_tokens=1, logprobs=None):
+    return Delta(request_id, text, [1], logprobs, finish, None, 2, output_tokens)
+
+
+def stats(running=0, preemptions=0):
+    return EngineStats(running, 0, 4, 0, preemptions, 0, 0, 0)
+
+
+class Peer:
+    """The engine's end of the connection."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def send(self, message):
+        self.writer.write(frame(message))
+
+    def deltas(self, *deltas, running=0, preemptions=0):
+        self.send(Deltas(list(deltas), stats(running, preemptions)))
+
+    async def receive(self):
+        async with asyncio.timeout(5):
+            (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
+            return to_engine_decoder.decode(await self.reader.readexactly(length))
+
+
+@asynccontextmanager
+async def connected(first=READY):
+    ours, theirs = socket.socketpair()
+    peer = Peer(*await asyncio.open_unix_connection(sock=theirs))
+    metrics = Metrics("m")
+    client = EngineClient(metrics)
+    peer.send(first)
+    client.ready = await client.start(ours)
+    client.metrics = metrics
+    try:
+        yield client, peer
+    finally:
+        client.close()
+        peer.writer.close()
+
+
+def run(scenario):
+    async def limited():
+        async with asyncio.timeout(20):
+            await scenario()
+
+    asyncio.run(limited())
+
+
+def test_deltas_reach_their_request_until_it_ends():
+    async def scenario():
+        async with connected() as (client, peer):
+            assert client.ready == READY
+            stream = client.generate("r", [WORK, WORK])
+            first = asyncio.create_task(anext(stream))
+            assert await peer.receive() == Add("r-0", *WORK)
+            assert await peer.receive() == Add("r-1", *WORK)
+            peer.deltas(delta("r-1", "b"), delta("r-0", "a"), running=2)
+            got = [await first, await anext(stream)]
+            peer.deltas(delta("r-0", "c", "stop"))
+            peer.deltas(delta("r-1", "d", "length"))
+            got += [item async for item in stream]
+            assert [(index, each.text) for index, each in got] == [(1, "b"), (0, "a"), (0, "c"), (1, "d")]
+            assert client.stats == stats()
+
+    run(scenario)
+
+
+def test_a_slow_reader_gets_larger_deltas_and_holds_up_nobody():
+    async def scenario():
+        async with connected() as (client, peer):
+            slow, quick = client.generate("slow", [WORK]), client.generate("quick", [WORK])
+            reading = asyncio.create_task(anext(slow)), asyncio.create_task(anext(quick))
+            peer.deltas(delta("slow-0", "0"), delta("quick-0", "0"))
+            await asyncio.gather(*reading)
+            for step in range(1, 100):
+                finish = "length" if step == 99 else None
+                peer.deltas(*(delta(f"{name}-0", str(step), finish, step + 1) for name in ("slow", "quick")))
+                if step % 10 == 0:
+                    assert (await anext(quick))[1].text
+            assert [each.finish_reason async for _, each in quick][-1] == "length"
+            rest = [each async for _, each in slow]
+            assert len(rest) == 1
+            assert rest[0].text == "".join(map(str, range(1, 100)))
+            assert (len(rest[0].token_ids), rest[0].output_tokens, rest[0].finish_reason) == (99, 100, "length")
+
+    run(scenario)
+
+
+def test_closing_aborts_what_has_not_ended_and_late_deltas_do_no_harm():
+    async def scenario():
+        async with connected() as (client, peer):
+            async with aclosing(client.generate("r", [WORK, WORK])) as stream:
+                reading = asyncio.create_task(anext(stream))
+                await peer.receive()
+                await peer.receive()
+                peer.deltas(delta("r-0", "a", "stop"))
+                await reading
+            assert await peer.receive() == Abort("r-1")
+            peer.deltas(delta("r-1", "too late"), running=1)
+            peer.deltas(running=0)
+            again = client.generate("s", [WORK])
+            reading = asyncio.create_task(anext(again))
+            await peer.receive()
+            peer.deltas(delta("s-0", "b", "stop"))
+            assert (await reading)[1].text == "b"
+            text = client.metrics.render().decode()
+            assert 'request_success_total{engine="0",finished_reason="abort",model_name="m"} 1.0' in text
+
+    run(scenario)
+
+
+def test_a_cancelled_reader_aborts():
+    async def scenario():
+        async with connected() as (client, peer):
+
+            async def read():
+                async for _ in client.generate("r", [WORK]):
+                    pass
+
+            reading = asyncio.create_task(read())
+            await peer.receive()
+            reading.cancel()
+            assert await peer.receive() == Abort("r-0")
+
+    run(scenario)
+
+
+def test_a_rejected_prompt_is_the_callers_error_and_ends_its_siblings():
+    async def scenario():
+        async with connected() as (client, peer):
+            reading = asyncio.create_task(anext(client.generate("r", [WORK, WORK])))
+            await peer.receive()
+            peer.send(Rejected("r-0", "no such token"))
+            with pytest.raises(InputError, match="no such token"):
+                await reading
+            assert await peer.receive() == Add("r-1", *WORK)
+            assert await peer.receive() == Abort("r-1")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("last", "reason"), [(Failed("out of memory", 3), "out of memory"), (None, "unexpectedly")])
+def test_when_the_engine_ends_every_open_request_is_told(last, reason):
+    async def scenario():
+        async with connected() as (client, peer):
+            reading = asyncio.create_task(anext(client.generate("r", [WORK])))
+            await peer.receive()
+            assert client.healthy
+            if last is not None:
+                peer.send(last)
+            peer.writer.close()
+            with pytest.raises(EngineStopped, match=reason):
+                await reading
+            assert not client.healthy
+            assert reason in str(client.failure.result())
+            with pytest.raises(Unavailable, match=reason):
+                client.check_available(1)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(2, InputError), (3, LlmoptError)])
+def test_a_model_that_cannot_be_loaded_keeps_its_exit_status(status, kind):
+    async def scenario():
+        with pytest.raises(kind, match="there is no model") as caught:
+            async with connected(Failed("there is no model", status)):
+                pass
+        assert caught.value.exit_status == status
+
+    run(scenario)
+
+
+def test_a_flood_is_refused(monkeypatch):
+    monkeypatch.setattr(engine_client, "MAX_OPEN", 3)
+
+    async def scenario():
+        async with connected() as (client, peer):
+            stream = client.generate("r", [WORK, WORK])
+            reading = asyncio.create_task(anext(stream))
+            await peer.receive()
+            client.check_available(1)
+            with pytest.raises(Unavailable, match="the server is full: 2 of at most 3"):
+                client.check_available(2)
+            reading.cancel()
+
+    run(scenario)
+
+
+def test_preemptions_are_counted_by_their_difference():
+    async def scenario():
+        async with connected() as (client, peer):
+            for total in (2, 2, 5):
+                stream = client.generate(f"r{total}", [WORK])
+                reading = asyncio.create_task(anext(stream))
+                await peer.receive()
+                peer.deltas(delta(f"r{total}-0", "a", "stop"), preemptions=total)
+                await reading
+                await stream.aclose()
+            text = client.metrics.render().decode()
+            assert 'vllm:num_preemptions_total{engine="0",model_name="m"} 5.0' in text
+            assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="m"} 3.0' in text
+            assert 'vllm:prompt_tokens_total{engine="0",model_name="m"} 6.0' in text
+            assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 3.0' in text
+
+    run(scenario)
+
+
+def test_merge_keeps_every_tokens_logprobs():
+    entries = [TokenLogprobs(i, -1.0, 1, []) for i in range(3)]
+    merged = merge([delta("r", "a", logprobs=entries[:1]), delta("r", "b", "stop", 3, entries[1:])])
+    assert (merged.text, merged.logprobs, merged.finish_reason, merged.output_tokens) == ("ab", entries, "stop", 3)
