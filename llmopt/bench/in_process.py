@@ -4,10 +4,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from llmopt.bench.datasets import random_tokens
+from llmopt.bench.machine import describe_machine
+from llmopt.bench.report import in_process_report
+from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.params import SamplingParams
 from llmopt.errors import InputError, LlmoptError
@@ -71,8 +75,27 @@ def weight_bytes(model: str) -> int:
 
 
 def grid(prompt_lens: Sequence[int], gen_lens: Sequence[int], batches: Sequence[int]) -> list[Case]:
-    """Every combination, in the order given."""
+    """Every combination, in the order given. Raises InputError for a number under 1."""
+    for flag, values in (("--prompt-len", prompt_lens), ("--gen-len", gen_lens), ("--batch", batches)):
+        if not values or min(values) < 1:
+            raise InputError(f"{flag} needs numbers of at least 1, not {list(values)}")
     return [Case(batch, prompt, gen) for prompt, gen, batch in product(prompt_lens, gen_lens, batches)]
+
+
+def bench_model(
+    model: str, cases: Sequence[Case], repeats: int, seed: int, progress: Progress, **engine_options: Any
+) -> dict[str, Any]:
+    """Load a model, measure the cases and the machine; the object that `llmopt bench MODEL --json` writes.
+
+    `engine_options` are further settings of `EngineConfig`; the number and length of requests follow from the cases.
+    """
+    longest = max(case.prompt_len + case.gen_len for case in cases)
+    widest = max(case.batch for case in cases)
+    config = EngineConfig(model=model, max_num_seqs=widest, max_model_len=longest, **engine_options)
+    engine = Engine(config, progress)
+    measurements = measure(engine, cases, repeats, seed, progress)
+    machine = describe_machine(engine.runner.backend.device)
+    return in_process_report(model, weight_bytes(model), machine, measurements)
 
 
 def measure(
@@ -84,6 +107,8 @@ def measure(
     Raises InputError for a case that does not fit into the engine's cache at once, LlmoptError where the engine
     preempted requests, so that their prompts were computed twice.
     """
+    if repeats < 1 or seed < 0:
+        raise InputError(f"--repeats must be at least 1 and --seed at least 0, not {repeats} and {seed}")
     for case in cases:
         _require_room(engine, case)
     rng = np.random.default_rng(seed)

@@ -4,12 +4,14 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from llmopt.bench.datasets import Prompt
 from llmopt.bench.metrics import Chunk, RequestTrace, share_out
+from llmopt.errors import InputError
 
 _PREFIX = b"data:"
 _DONE = b"[DONE]"
@@ -34,6 +36,15 @@ class Target:
     ignore_eos: bool = True
     counts_each_chunk: bool = True
     timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"--base-url must be like http://127.0.0.1:8000, not {self.base_url!r}")
+        if parts.username or parts.password:
+            raise InputError("--base-url must not hold a password, for reports show it; give --api-key")
+        if not self.timeout > 0:
+            raise InputError(f"--timeout must be above 0 seconds, not {self.timeout}")
 
     @property
     def completions_url(self) -> str:

@@ -1,0 +1,109 @@
+"""What a server is asked for and when: the settings of one load, checked against each other."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmopt.bench.arrivals import arrival_times
+from llmopt.bench.datasets import DATASET_NAMES, Prompt, custom_prompts, random_prompts
+from llmopt.bench.load import Watch, run_load
+from llmopt.bench.report import load_report
+from llmopt.bench.stream import Target
+from llmopt.errors import InputError
+
+INPUT_LEN = 512  # of random prompts, where nothing is said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The settings of one load; each is a flag of `llmopt bench --base-url` with dashes for underscores.
+
+    Attributes:
+        dataset_name: random or custom.
+        dataset_path: the JSONL file of custom.
+        tokenizer: MODEL whose vocabulary random token ids are drawn from; None for random words.
+        input_len: tokens, or words, of a random prompt.
+        output_len: tokens to ask for.
+        num_prompts: requests in all.
+        request_rate: requests per second; infinite for all at once.
+        burstiness: shape of the gaps' gamma distribution; None for 1, a Poisson process.
+        max_concurrency: requests in flight at most. With an infinite rate this is a closed loop.
+        num_warmups: requests before the clock starts.
+        num_gpus: of the server, for throughput per GPU.
+    """
+
+    dataset_name: str = "random"
+    dataset_path: Path | None = None
+    tokenizer: str | None = None
+    input_len: int | None = None
+    output_len: int = 128
+    num_prompts: int = 100
+    request_rate: float = math.inf
+    burstiness: float | None = None
+    max_concurrency: int | None = None
+    num_warmups: int = 1
+    num_gpus: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("input_len", "output_len", "num_prompts", "max_concurrency", "num_warmups"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.num_gpus < 0 or self.seed < 0:
+            raise InputError("--num-gpus and --seed must not be negative")
+        if self.dataset_name not in DATASET_NAMES:
+            raise InputError(f"unknown --dataset-name {self.dataset_name!r}; known: {', '.join(DATASET_NAMES)}")
+        if self.dataset_name == "custom":
+            if self.dataset_path is None:
+                raise InputError("--dataset-name custom needs --dataset-path FILE.jsonl")
+            if self.input_len is not None or self.tokenizer is not None:
+                raise InputError(
+                    "--input-len and --tokenizer are for --dataset-name random; custom prompts are sent as is"
+                )
+        elif self.dataset_path is not None:
+            raise InputError("--dataset-path needs --dataset-name custom")
+        if self.burstiness is not None and math.isinf(self.request_rate):
+            raise InputError("--burstiness shapes the gaps of a finite --request-rate; give one")
+
+    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """The warm-ups and the prompts to measure; no prompt is in both, so that none is measured out of a cache."""
+        length = self.input_len or INPUT_LEN
+        if self.dataset_path is not None:
+            warmups = random_prompts(self.num_warmups, length, self.output_len, self.seed, None)
+            return warmups, custom_prompts(self.num_prompts, self.dataset_path, self.output_len)
+        count = self.num_warmups + self.num_prompts
+        drawn = random_prompts(count, length, self.output_len, self.seed, self.tokenizer)
+        return drawn[: self.num_warmups], drawn[self.num_warmups :]
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says about the load; null for an infinite rate."""
+        finite = math.isfinite(self.request_rate)
+        random = self.dataset_name == "random"
+        return {
+            "dataset_name": self.dataset_name,
+            "dataset_path": None if self.dataset_path is None else str(self.dataset_path),
+            "prompts_are": "token ids" if self.tokenizer is not None else "text",
+            "input_len": (self.input_len or INPUT_LEN) if random else None,
+            "output_len": self.output_len,
+            "request_rate": self.request_rate if finite else None,
+            "burstiness": (self.burstiness or 1.0) if finite else None,
+            "max_concurrency": self.max_concurrency,
+            "num_warmups": self.num_warmups,
+            "seed": self.seed,
+        }
+
+
+async def bench_server(target: Target, workload: Workload, goodput: dict[str, float], watch: Watch) -> dict[str, Any]:
+    """Put a load on a server; the object that `llmopt bench --base-url --json` writes.
+
+    `goodput` has limits in milliseconds by metric, `watch` is called with each request's trace when it has ended.
+    Raises InputError for settings that cannot be, LlmoptError where the server does not answer.
+    """
+    burstiness = 1.0 if workload.burstiness is None else workload.burstiness
+    due = arrival_times(workload.num_prompts, workload.request_rate, burstiness, workload.seed)
+    warmups, prompts = workload.prompts()
+    traces = await run_load(target, prompts, due, workload.max_concurrency, warmups, watch)
+    settings = {"base_url": target.base_url, "model": target.model, **workload.describe()}
+    return load_report(traces, settings, goodput, workload.num_gpus)
