@@ -1,7 +1,6 @@
 """The compiled CPU kernels: quantized weights are multiplied as they are, without a copy in floating point."""
 
 import logging
-import os
 from collections.abc import Sequence
 
 import torch
@@ -54,15 +53,15 @@ class CpuBackend(ReferenceBackend):
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None, instruction_set: str = "auto") -> None:
-        """Take `threads` threads, None for one a core. Raises InputError where the processor lacks the set."""
+    def __init__(self, threads: int, instruction_set: str = "auto") -> None:
+        """The calling thread is one of the threads. Raises InputError where the processor lacks the instruction set."""
         super().__init__("cpu", torch.float32)
         known = ("auto", *instruction_sets())
         if instruction_set not in known:
             raise InputError(
                 f"instruction set {instruction_set!r} is not on this processor; it has: {', '.join(known)}"
             )
-        self.multiplier = Multiplier(threads or len(os.sched_getaffinity(0)), instruction_set)
+        self.multiplier = Multiplier(threads, instruction_set)
         self._warned: set[str] = set()
 
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
