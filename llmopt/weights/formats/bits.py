@@ -1,8 +1,10 @@
 """Codes of any width as a continuous stream of bits in 32-bit words, lowest bits first.
 
-32 codes of b bits take exactly b words, so every width repeats after 32 codes; a width that does not divide 32 has
-codes that straddle two words.
+A width that divides 32 fills each word with whole codes. Any other has codes that straddle two words, and its pattern
+repeats after as many words as the width has bits once common factors with 32 are gone: 3-bit codes after 3 words.
 """
+
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -18,27 +20,33 @@ def words_for(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 [..., n] into int32 [..., ceil(n * bits / 32)]; bits left over in the last word are 0."""
-    count = codes.shape[-1]
-    periods = pad(codes, (0, -count % WORD)).unflatten(-1, (-1, WORD))
-    words = torch.zeros(*periods.shape[:-1], bits, dtype=torch.int64, device=codes.device)
-    for i in range(WORD):
+    period, width = _pattern(bits)
+    repeats = pad(codes, (0, -codes.shape[-1] % period)).unflatten(-1, (-1, period))
+    words = torch.zeros(*repeats.shape[:-1], width, dtype=torch.int32, device=codes.device)
+    for i in range(period):
         word, shift = divmod(i * bits, WORD)
-        code = periods[..., i].long()
-        words[..., word] |= code << shift & 0xFFFFFFFF
+        code = repeats[..., i].int()
+        words[..., word] |= code << shift  # what does not fit falls off the upper end
         if shift + bits > WORD:
             words[..., word + 1] |= code >> (WORD - shift)
-    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).int()  # the same 32 bits, read as signed
-    return signed.flatten(-2)[..., : words_for(count, bits)].contiguous()
+    return words.flatten(-2)[..., : words_for(codes.shape[-1], bits)].contiguous()
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """Unpack int32 [..., ceil(count * bits / 32)] into uint8 [..., count]."""
-    periods = pad(words, (0, -words.shape[-1] % bits)).unflatten(-1, (-1, bits)).long() & 0xFFFFFFFF
-    codes = torch.empty(*periods.shape[:-1], WORD, dtype=torch.uint8, device=words.device)
-    for i in range(WORD):
+    period, width = _pattern(bits)
+    repeats = pad(words, (0, -words.shape[-1] % width)).unflatten(-1, (-1, width))
+    codes = torch.empty(*repeats.shape[:-1], period, dtype=torch.uint8, device=words.device)
+    for i in range(period):
         word, shift = divmod(i * bits, WORD)
-        code = periods[..., word] >> shift
+        code = repeats[..., word] >> shift & ((1 << min(bits, WORD - shift)) - 1)  # the mask drops copies of the sign
         if shift + bits > WORD:
-            code |= periods[..., word + 1] << (WORD - shift)
-        codes[..., i] = code & ((1 << bits) - 1)
+            code |= repeats[..., word + 1] << (WORD - shift) & ((1 << bits) - 1)
+        codes[..., i] = code
     return codes.flatten(-2)[..., :count].contiguous()
+
+
+def _pattern(bits: int) -> tuple[int, int]:
+    """After how many codes, and how many words, codes and words begin together again."""
+    common = gcd(bits, WORD)
+    return WORD // common, bits // common

@@ -161,7 +161,7 @@ class GPTQ(Format):
             zeros = zeros + 1
         is_middle = self.sym and bool((zeros == 1 << (self.bits - 1)).all())
         return QuantizedTensor(
-            bit_stream.unpack(packed.T, self.bits, in_features),
+            bit_stream.unpack(packed.T.contiguous(), self.bits, in_features),
             scales.T.contiguous(),
             None if is_middle else zeros,
             group_index,
