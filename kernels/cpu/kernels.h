@@ -39,12 +39,11 @@ struct Kernels {
   int64_t fused_rows;   // up to so many rows, `fused` may be called
   int64_t panel_tiles;  // tiles that `panels` and `integers` take at a time
 
-  // y = x · dequantized weight + bias, dequantized in registers. `sums` is [rows][groups]: each group's sum of x;
-  // needed where there are zero points.
-  void (*fused)(const WeightView&, Tiles, const Rows&, const float* sums);
+  // y = x · dequantized weight + bias, dequantized in registers.
+  void (*fused)(const WeightView&, Tiles, const Rows&);
   // The same, dequantizing into `panel`, panel_tiles * in * 16 floats, first.
   void (*panels)(const WeightView&, Tiles, const Rows&, float* panel);
-  // Rounds a row of x to signed 8-bit codes, each with activation_offset added, and returns the scale:
+  // Rounds a row of x to signed 8-bit codes, each with kActivationOffset added, and returns the scale:
   // the largest magnitude / 127.
   float (*round_row)(const float* x, int64_t count, uint8_t* codes);
   // The product of codes [rows][in] from round_row and 8-bit codes of the weight, summed exactly, then scaled.

@@ -50,64 +50,68 @@ inline Floats zeros_at(const WeightView& weight, int64_t index) {
                                  Floats);
 }
 
-// One tile times kRows rows. Codes are multiplied as they are; a group's scale and zero point come in once, at its end:
-// scale * (sum(x * code) - zero * sum(x)).
-template <int kBits, int kRows>
-void fused_tile(const WeightView& weight, int64_t tile, const Rows& rows, const float* sums) {
+// One tile times kRows rows. A zero point is subtracted from the codes, which is exact, before they meet x; a group's
+// scale comes in once, at its end.
+template <int kBits, bool kZeros, int kRows>
+void fused_tile(const WeightView& weight, int64_t tile, const Rows& rows) {
   constexpr int kCodes = 32 / kBits;
   constexpr int kFree = 8 / (kParts * kRows);  // independent sums hide the latency of an addition
   constexpr int kChains = kFree >= 4 ? 4 : kFree >= 2 ? 2 : 1;
   const int64_t group_words = weight.in / kCodes / weight.groups;
   const uint32_t* words = weight.words + tile * (weight.in / kCodes) * kTile;
   const float* x = rows.x;
-  Floats total[kRows][kParts];
-  for (int part = 0; part < kParts; ++part) {
-    for (int row = 0; row < kRows; ++row) total[row][part] = bias_of(weight, tile * kTile + part * kLanes);
-  }
+  Floats total[kRows][kParts] = {};
   for (int64_t group = 0; group < weight.groups; ++group) {
-    Floats sum[kRows][kParts][kChains] = {};
+    const int64_t at = (tile * weight.groups + group) * kTile;
+    Floats sum[kRows][kParts][kChains] = {}, zero[kParts] = {};
+    if constexpr (kZeros) {
+      for (int part = 0; part < kParts; ++part) zero[part] = zeros_at(weight, at + part * kLanes);
+    }
     for (int64_t i = 0; i < group_words; ++i, words += kTile, x += kCodes) {
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; ++part) {
         const Words word = load<Words>(words + part * kLanes);
 #pragma GCC unroll 8
         for (int j = 0; j < kCodes; ++j) {
-          const Floats code = to_float<kBits>(word, j);
+          Floats code = to_float<kBits>(word, j);
+          if constexpr (kZeros) code -= zero[part];
 #pragma GCC unroll 8
           for (int row = 0; row < kRows; ++row) sum[row][part][j % kChains] += code * x[row * rows.x_stride + j];
         }
       }
     }
-    const int64_t at = (tile * weight.groups + group) * kTile;
     for (int part = 0; part < kParts; ++part) {
       const Floats scale = load<Floats>(weight.scales + at + part * kLanes);
-      const Floats zero = weight.zeros ? zeros_at(weight, at + part * kLanes) : Floats{};
       for (int row = 0; row < kRows; ++row) {
         Floats all = sum[row][part][0];
         for (int chain = 1; chain < kChains; ++chain) all += sum[row][part][chain];
-        if (weight.zeros) all -= zero * sums[row * weight.groups + group];
         total[row][part] += scale * all;
       }
     }
   }
   for (int part = 0; part < kParts; ++part) {
     const int64_t output = tile * kTile + part * kLanes;
+    const Floats bias = bias_of(weight, output);
     for (int row = 0; row < kRows; ++row) {
-      store(rows.y + row * rows.y_stride + output, total[row][part], weight.out - output);
+      store(rows.y + row * rows.y_stride + output, total[row][part] + bias, weight.out - output);
     }
   }
 }
 
-template <int kBits, int kRows = kFusedRows>
-void fused_rows(const WeightView& weight, Tiles tiles, const Rows& rows, const float* sums) {
+template <int kBits, bool kZeros, int kRows = kFusedRows>
+void fused_rows(const WeightView& weight, Tiles tiles, const Rows& rows) {
   if constexpr (kRows > 1) {
-    if (rows.count < kRows) return fused_rows<kBits, kRows - 1>(weight, tiles, rows, sums);
+    if (rows.count < kRows) return fused_rows<kBits, kZeros, kRows - 1>(weight, tiles, rows);
   }
-  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) fused_tile<kBits, kRows>(weight, tile, rows, sums);
+  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) fused_tile<kBits, kZeros, kRows>(weight, tile, rows);
 }
 
-void fused(const WeightView& weight, Tiles tiles, const Rows& rows, const float* sums) {
-  weight.bits == 4 ? fused_rows<4>(weight, tiles, rows, sums) : fused_rows<8>(weight, tiles, rows, sums);
+void fused(const WeightView& weight, Tiles tiles, const Rows& rows) {
+  if (weight.bits == 4) {
+    weight.zeros ? fused_rows<4, true>(weight, tiles, rows) : fused_rows<4, false>(weight, tiles, rows);
+  } else {
+    weight.zeros ? fused_rows<8, true>(weight, tiles, rows) : fused_rows<8, false>(weight, tiles, rows);
+  }
 }
 
 // Dequantizes one tile to floats [in][16].

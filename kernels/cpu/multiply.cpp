@@ -42,23 +42,6 @@ Buffer<float> reorder(ThreadPool& pool, const std::vector<int32_t>& order, const
   return gathered;
 }
 
-// Each group's sum of x, [rows][groups].
-Buffer<float> group_sums(const WeightView& weight, const Rows& rows) {
-  Buffer<float> sums(rows.count * weight.groups);
-  const int64_t size = weight.in / weight.groups;
-  for (int64_t row = 0; row < rows.count; ++row) {
-    for (int64_t group = 0; group < weight.groups; ++group) {
-      const float* x = rows.x + row * rows.x_stride + group * size;
-      float part[4] = {};  // independent sums, for speed and for accuracy; sizes are multiples of 4
-      for (int64_t i = 0; i < size; i += 4) {
-        for (int lane = 0; lane < 4; ++lane) part[lane] += x[i + lane];
-      }
-      sums[row * weight.groups + group] = (part[0] + part[1]) + (part[2] + part[3]);
-    }
-  }
-  return sums;
-}
-
 void multiply_integers(ThreadPool& pool, const Kernels& kernels, const PackedWeight& packed, const Rows& rows) {
   const WeightView weight = packed.view();
   Buffer<uint8_t> codes(rows.count * weight.in);
@@ -84,8 +67,7 @@ void multiply(ThreadPool& pool, const Kernels& kernels, const PackedWeight& pack
   if (packed.integer_activations()) {
     multiply_integers(pool, kernels, packed, rows);
   } else if (rows.count <= kernels.fused_rows) {
-    const Buffer<float> sums = weight.zeros ? group_sums(weight, rows) : Buffer<float>();
-    each_tiles(pool, packed.tiles(), 1, [&](Tiles tiles) { kernels.fused(weight, tiles, rows, sums.data()); });
+    each_tiles(pool, packed.tiles(), 1, [&](Tiles tiles) { kernels.fused(weight, tiles, rows); });
   } else {
     each_tiles(pool, packed.tiles(), kernels.panel_tiles, [&](Tiles tiles) {
       thread_local Buffer<float> panel;  // kept from call to call: pages fresh from the system cost more than the work
