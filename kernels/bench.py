@@ -1,0 +1,150 @@
+"""Times the CPU kernels on SmolLM2's shapes, beside torch in float32 and the machine's own limits.
+
+Run as `python -m llmopt.kernels.bench`; prints a Markdown table. The limit of a product is the longer of two times: to
+read the packed weight once at the memory's measured bandwidth, and to do its multiplications and additions at the
+speed that torch's float32 product of two square matrices reaches here. Both of these come from their fastest round,
+because a limit is what the machine can do at all; times are medians of rounds in which the kernel and torch take turns.
+On a machine that others use, compare the two columns of times and mistrust the rest.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
+
+COLD_BYTES = 96 << 20  # copies of a weight are used in turn, so many bytes of them that caches do not hold them
+ROUNDS = 9
+ROUND_SECONDS = 0.003  # a round repeats short products for about so long
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A weight [outputs, inputs] in groups, with float activations or rounded ones."""
+
+    name: str
+    outputs: int
+    inputs: int
+    bits: int = 4
+    group_size: int = 64
+    int8: bool = False
+
+
+SHAPES = (
+    Shape("q, k, v", 960, 576),
+    Shape("attention out", 576, 576),
+    Shape("gate, up", 3072, 576),
+    Shape("down", 576, 1536),
+    Shape("gate, up w8a8", 3072, 576, bits=8, group_size=576, int8=True),
+    Shape("head", 49152, 576, bits=8),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the CPU kernels beside torch and the machine's limits.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--instruction-set", default="auto", choices=["auto", *instruction_sets()])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 512])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    multiplier = Multiplier(options.threads, options.instruction_set)
+    bandwidth, flops = memory_bandwidth(), torch_flops()
+    print(
+        f"{multiplier.instruction_set}, {options.threads} threads; memory {bandwidth / 1e9:.1f} GB/s, "
+        f"torch float32 {flops / 1e9:.0f} GFLOPS\n"
+    )
+    print("| weight | bits | tokens | µs | limit µs | reached | GB/s | GFLOPS | torch float32 µs |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape in SHAPES:
+        weights = cold_weights(shape)
+        for tokens in options.tokens:
+            print(measure(multiplier, shape, weights, tokens, bandwidth, flops), flush=True)
+
+
+def measure(
+    multiplier: Multiplier,
+    shape: Shape,
+    weights: list[PackedWeight],
+    tokens: int,
+    bandwidth: float,
+    flops: float,
+) -> str:
+    """One row of the table."""
+    x, y = torch.randn(tokens, shape.inputs), torch.empty(tokens, shape.outputs)
+    copies = itertools.cycle(weights)
+    dense_bytes = 4 * shape.outputs * shape.inputs
+    dense = itertools.cycle([torch.randn(shape.outputs, shape.inputs) for _ in range(1 + COLD_BYTES // dense_bytes)])
+
+    def kernel() -> None:
+        multiplier.multiply(next(copies), x.data_ptr(), shape.inputs, tokens, y.data_ptr(), shape.outputs)
+
+    def by_torch() -> None:
+        torch.nn.functional.linear(x, next(dense))
+
+    seconds, torch_seconds = (median(times) for times in rounds(kernel, by_torch))
+    work = 2 * tokens * shape.outputs * shape.inputs
+    limit = max(weights[0].nbytes / bandwidth, work / flops)
+    return (
+        f"| {shape.name} {shape.outputs}×{shape.inputs} | {shape.bits} | {tokens} | {1e6 * seconds:.0f} "
+        f"| {1e6 * limit:.0f} | {100 * limit / seconds:.0f}% | {weights[0].nbytes / seconds / 1e9:.1f} "
+        f"| {work / seconds / 1e9:.0f} | {1e6 * torch_seconds:.0f} |"
+    )
+
+
+def cold_weights(shape: Shape) -> list[PackedWeight]:
+    """Copies of one random weight, more than the caches hold."""
+    groups = shape.inputs // shape.group_size
+    codes = torch.randint(0, 1 << shape.bits, (shape.outputs, shape.inputs), dtype=torch.uint8)
+    scales = torch.rand(shape.outputs, groups)
+    count = 1 + COLD_BYTES * 8 // (shape.outputs * shape.inputs * shape.bits)
+    return [
+        PackedWeight(
+            codes=codes,
+            scales=scales,
+            zeros=None,
+            bias=None,
+            order=None,
+            bits=shape.bits,
+            integer_activations=shape.int8,
+        )
+        for _ in range(count)
+    ]
+
+
+def rounds(*functions: Callable[[], object]) -> list[list[float]]:
+    """Seconds of one call of each function, in every round; within a round they take turns."""
+    repeats = []
+    for function in functions:
+        function()
+        start = time.perf_counter()
+        function()
+        repeats.append(max(1, round(ROUND_SECONDS / (time.perf_counter() - start))))
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(ROUNDS):
+        for function, count, into in zip(functions, repeats, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                function()
+            into.append((time.perf_counter() - start) / count)
+    return times
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second at which torch sums an array that no cache holds."""
+    array = torch.ones(64 << 20)
+    return array.nbytes / min(rounds(array.sum)[0])
+
+
+def torch_flops() -> float:
+    """Floating-point operations per second of torch's product of two square matrices."""
+    size = 1024
+    matrix = torch.randn(size, size)
+    return 2 * size**3 / min(rounds(lambda: matrix @ matrix)[0])
+
+
+if __name__ == "__main__":
+    main()
