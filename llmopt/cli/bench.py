@@ -38,9 +38,7 @@ def bench(
     context: typer.Context,
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[MODEL]", help="A folder, a .gguf file, a hub id, or smollm2; measured in this process."
-        ),
+        typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or smollm2; measured in this process."),
     ] = None,
     prompt_len: Annotated[
         list[str] | None,
@@ -202,8 +200,8 @@ def _live_counters(total: int) -> Iterator[Callable[["RequestTrace"], None]]:
 
 def _show_runs(result: dict[str, Any], json_file: str | None) -> None:
     out = console.output(json_file)
-    table = Table("phase", title=f"{result['model']}, tokens per second")
-    for heading in ("batch", "prompt", "generated", "median", "min", "max", "TTFT ms", "of memory's limit"):
+    table = Table("phase", title=f"{result['model']}: tokens per second, TTFT in ms, share of the memory's limit")
+    for heading in ("batch", "in", "out", "median", "min", "max", "TTFT", "share"):
         table.add_column(heading, justify="right")
     for run in result["runs"]:
         shape = (str(run[name]) for name in ("batch", "prompt_len", "gen_len"))

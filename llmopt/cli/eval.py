@@ -13,11 +13,11 @@ from llmopt.errors import InputError
 _MODEL = "A folder, a .gguf file, a hub id, or smollm2"
 _STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 _ROWS = (
-    ("perplexity", "perplexity", "value", "perplexity.value"),
-    ("perplexity / reference's", "perplexity", "ratio", "perplexity.ratio"),
-    ("mean KL divergence, nats", "divergence", "mean_kl", "divergence.mean_kl"),
-    ("99th percentile of KL, nats", "divergence", "p99_kl", "divergence.p99_kl"),
-    ("top-1 agreement", "divergence", "top1", "divergence.top1"),
+    ("perplexity", "perplexity.value"),
+    ("perplexity / reference's", "perplexity.ratio"),
+    ("mean KL divergence, nats", "divergence.mean_kl"),
+    ("99th percentile of KL, nats", "divergence.p99_kl"),
+    ("top-1 agreement", "divergence.top1"),
 )
 
 
@@ -82,11 +82,12 @@ def _show(result: dict[str, Any], json_file: str | None) -> None:
     table = Table("", title=f"{result['model']} against {result['reference'] or 'no reference'}")
     for heading in ("value", f"{result['confidence']:.0%} interval", "reference"):
         table.add_column(heading, justify="right")
-    for label, group, name, metric in _ROWS:
+    for label, metric in _ROWS:
+        group, _, name = metric.partition(".")
         if metric in result["intervals"]:
-            value = result[group][name]
             beside = result["perplexity"]["reference"] if metric == "perplexity.value" else None
-            table.add_row(label, _number(value), _interval(result["intervals"][metric]), _number(beside, ""))
+            numbers = f"{result[group][name]:.4g}", _interval(result["intervals"][metric])
+            table.add_row(label, *numbers, "" if beside is None else f"{beside:.4g}")
     out.print(table)
     text = result["text"]
     opening = "each begins with" if text["bos"] else "without"
@@ -99,10 +100,6 @@ def _show(result: dict[str, Any], json_file: str | None) -> None:
         out.print(
             f"{verdict['verdict']}: {verdict['name']}: {explain(verdict)}", style=style, markup=False, highlight=False
         )
-
-
-def _number(value: float | None, missing: str = "not finite") -> str:
-    return missing if value is None else f"{value:.4g}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

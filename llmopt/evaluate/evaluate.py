@@ -3,18 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from llmopt.engine.config import DTypeName, EngineConfig
+from llmopt.engine.config import BackendName, DeviceName, DTypeName, EngineConfig
 from llmopt.engine.scoring import Scorer
 from llmopt.errors import InputError
 from llmopt.evaluate.divergence import Comparison, compare, log_likelihoods
 from llmopt.evaluate.gates import Gates, read_gates
-from llmopt.evaluate.statistics import bootstrap, finite, perplexity, perplexity_ratio
+from llmopt.evaluate.statistics import bootstrap, perplexity, perplexity_ratio
 from llmopt.evaluate.text import Text, Windows, cut_windows, read_text
+from llmopt.model.tokenizer import Tokenizer, load_tokenizer
 from llmopt.progress import Progress, silent
 
 CONFIDENCE = 0.95  # where no gate file says another
@@ -28,8 +29,8 @@ def evaluate(
     ctx: int = 1024,
     windows: int = 16,
     gates: str | Path | None = None,
-    backend: Literal["auto", "reference", "cpu"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    backend: BackendName = "auto",
+    device: DeviceName = "auto",
     dtype: DTypeName = "auto",
     threads: int | None = None,
     progress: Progress = silent,
@@ -54,19 +55,15 @@ def evaluate(
     if judge is not None and judge.need_reference and reference is None:
         raise InputError(f"{gates} has gates that compare with a reference; give --reference MODEL")
     content = read_text(text)
-    scorer = Scorer(
-        EngineConfig(model=model, backend=backend, device=device, dtype=dtype, threads=threads, max_model_len=ctx)
-    )
-    cut = cut_windows(scorer.tokenizer, content, ctx, windows)
+    cut = cut_windows(load_tokenizer(model), content, ctx, windows)
+    if reference is not None:
+        _require_same_tokens(load_tokenizer(reference), content, cut)
+    shared: dict[str, Any] = {"device": device, "threads": threads, "max_model_len": ctx}
+    scorer = Scorer(EngineConfig(model=model, backend=backend, dtype=dtype, **shared))
     if reference is None:
         measured = _Measured(nll=_score(scorer, cut, progress))
     else:
-        truth = Scorer(
-            EngineConfig(
-                model=reference, backend="reference", device=device, dtype="float32", threads=threads, max_model_len=ctx
-            )
-        )
-        _require_same_tokens(truth, scorer, content, cut)
+        truth = Scorer(EngineConfig(model=reference, backend="reference", dtype="float32", **shared))
         measured = _compare(truth, scorer, cut, progress)
     return _report(model, reference, cut, measured, judge)
 
@@ -81,15 +78,9 @@ class _Measured:
     same_top: np.ndarray | None = None
 
 
-def _require_same_tokens(truth: Scorer, scorer: Scorer, text: Text, cut: Windows) -> None:
-    """Raise InputError where the two models do not speak of the same tokens."""
-    sizes = scorer.source.config.vocab_size, truth.source.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            f"the model has a vocabulary of {sizes[0]} and the reference one of {sizes[1]}; both must agree"
-        )
-    theirs = cut_windows(truth.tokenizer, text, cut.ctx, len(cut.tokens))
-    if theirs.tokens != cut.tokens:
+def _require_same_tokens(tokenizer: Tokenizer, text: Text, cut: Windows) -> None:
+    """Raise InputError where the reference's tokenizer cuts the text otherwise."""
+    if cut_windows(tokenizer, text, cut.ctx, len(cut.tokens)).tokens != cut.tokens:
         raise InputError("the model and the reference tokenize the text differently; both need the same tokenizer")
 
 
@@ -150,9 +141,9 @@ def _report(
         "reference": reference,
         "text": cut.describe(),
         "perplexity": {
-            "value": finite(values["perplexity.value"]),
+            "value": values["perplexity.value"],
             "reference": perplexity(measured.reference_nll) if measured.reference_nll is not None else None,
-            "ratio": finite(values["perplexity.ratio"]) if compared else None,
+            "ratio": values.get("perplexity.ratio"),
         },
         "divergence": {name: values[f"divergence.{name}"] for name in ("mean_kl", "p99_kl", "top1")}
         if compared
