@@ -7,6 +7,9 @@ import typer
 from llmopt.cli import bench, eval, quantize, serve
 from llmopt.errors import LlmoptError
 
+EXTRA_OF = dict.fromkeys(("msgspec", "fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
+EXTRA_OF["aiohttp"] = "bench"
+
 app = typer.Typer(
     name="llmopt",
     help="Make language-model inference cheap, and prove that nothing was broken.",
@@ -35,8 +38,17 @@ def main() -> None:
     try:
         app()
     except LlmoptError as error:
-        sys.stderr.write(f"llmopt: error: {error}\n")
-        sys.exit(error.exit_status)
+        _fail(str(error), error.exit_status)
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"{error.name} is not installed; this needs: pip install 'llmopt[{extra}]'", LlmoptError.exit_status)
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(f"llmopt: error: {message}\n")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

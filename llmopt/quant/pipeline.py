@@ -65,9 +65,11 @@ def quantize(
     )
     torch.manual_seed(seed)
     with open_exporter(recipe, source, overwrite) as exporter, torch.inference_mode():
+        exporter.add(EMBEDDING, source.embedding)
         modules = _quantize_layers(recipe, source, exporter, progress)
-        for name, weight in _outer_weights(source):
-            exporter.add(name, weight)
+        exporter.add(FINAL_NORM, source.final_norm)
+        if not source.config.tie_word_embeddings:
+            exporter.add(HEAD, source.head)
         manifest = build_manifest(recipe, source, modules, time.monotonic() - started, exporter.size_bytes)
         exporter.finish(manifest)
     return manifest
@@ -99,12 +101,6 @@ def _quantize_layers(recipe: Recipe, source: ModelSource, exporter: Exporter, pr
             sweep.advance(DecoderLayer(source.config, index, result.weights, backend))
         reports += [_named(report, source.layer_name(index, report.name)) for report in result.modules]
     return reports
-
-
-def _outer_weights(source: ModelSource) -> list[tuple[str, Weight]]:
-    """The parameters outside the layers; they stay as the source holds them."""
-    outer: list[tuple[str, Weight]] = [(EMBEDDING, source.embedding), (FINAL_NORM, source.final_norm)]
-    return outer if source.config.tie_word_embeddings else [*outer, (HEAD, source.head)]
 
 
 def _modules() -> list[str]:

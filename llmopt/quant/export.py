@@ -1,0 +1,204 @@
+"""Writes a quantized model as an artifact that the rest of the ecosystem loads: a folder, or a GGUF file."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmopt.model import gguf_names, rope
+from llmopt.model.architectures import ARCHITECTURES
+from llmopt.model.decoder import LINEAR_GROUPS
+from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense
+from llmopt.model.tokenizer_files import gguf_tokenizer_entries, write_tokenizer
+from llmopt.quant.methods.rtn import round_to_nearest
+from llmopt.quant.recipe import Recipe
+from llmopt.weights.artifact import ArtifactFile, ArtifactFolder
+from llmopt.weights.formats import FORMATS
+from llmopt.weights.formats.gguf_blocks import encode_blocks
+from llmopt.weights.gguf_writer import STORED_AS, GGUFWriter
+from llmopt.weights.quantized import QuantizedTensor, Weight
+from llmopt.weights.scheme import SCHEMES
+from llmopt.weights.shards import ShardWriter
+
+MANIFEST = "llmopt.json"
+# llama.cpp's numbers for what most of a file's tensors are, which some readers show.
+_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
+
+
+class Exporter(ABC):
+    """Takes a model's parameters by name, in the order of `parameter_order`, then the manifest."""
+
+    size_bytes: int
+
+    @abstractmethod
+    def add(self, name: str, weight: Weight) -> None: ...
+
+    @abstractmethod
+    def finish(self, manifest: dict[str, Any]) -> None: ...
+
+
+@contextmanager
+def open_exporter(recipe: Recipe, source: ModelSource, overwrite: bool) -> Iterator[Exporter]:
+    """The exporter of a recipe's format. What it writes appears under the output's name when the block ends well.
+
+    Raises InputError where the output is taken.
+    """
+    if recipe.format == "gguf":
+        with ArtifactFile(recipe.output, overwrite) as path, path.open("wb") as file:
+            exporter = GGUFExporter(recipe, source, file)
+            yield exporter
+        with ArtifactFile(f"{recipe.output}.{MANIFEST}", overwrite=True) as path:
+            path.write_text(_json(exporter.manifest), encoding="utf-8")
+    else:
+        with ArtifactFolder(recipe.output, overwrite) as folder:
+            yield FolderExporter(recipe, source, folder)
+
+
+def parameter_order(source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of all parameters, in the order in which they are read and written."""
+    config = source.config
+    order: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_layers):
+        order |= {source.layer_name(layer, name): shape for name, shape in config.layer_shapes().items()}
+    order[FINAL_NORM] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        order[HEAD] = (config.vocab_size, config.hidden_size)
+    return order
+
+
+class FolderExporter(Exporter):
+    """A Hugging Face folder: safetensors, configuration, tokenizer, `llmopt.json`."""
+
+    def __init__(self, recipe: Recipe, source: ModelSource, folder: Path) -> None:
+        self.source = source
+        self.folder = folder
+        ignored = [name for name in _linear_names(source) if recipe.ignores(name)]
+        self.format = FORMATS[recipe.format].for_scheme(
+            recipe.scheme, ignore=["lm_head", *ignored], desc_act=recipe.desc_act, damp=recipe.damping
+        )
+        self.shards = ShardWriter(folder)
+        self.dtype_name = source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float16"
+        self.dtype = getattr(torch, self.dtype_name)
+
+    @property
+    def size_bytes(self) -> int:  # type: ignore[override]
+        return self.shards.size_bytes
+
+    def add(self, name: str, weight: Weight) -> None:
+        if isinstance(weight, QuantizedTensor) and name not in (EMBEDDING, HEAD):
+            for part, tensor in self.format.encode(name.removesuffix(".weight"), weight).items():
+                self.shards.add(part, tensor)
+        else:
+            self.shards.add(name, as_dense(weight, self.dtype))
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        self.shards.close()
+        write_tokenizer(self.source, self.folder)
+        quantization = self.format.config()
+        self._write("config.json", self._config(quantization))
+        self._write("generation_config.json", self.source.generation_config)
+        if self.format.name == "gptq":  # where auto-gptq looks
+            self._write("quantize_config.json", quantization)
+        self._write(MANIFEST, manifest)
+
+    def _config(self, quantization: dict[str, Any]) -> dict[str, Any]:
+        config = {key: value for key, value in self.source.hf_config.items() if key not in ("dtype", "torch_dtype")}
+        # Both names: transformers 4 knows the second only.
+        return config | {
+            "dtype": self.dtype_name,
+            "torch_dtype": self.dtype_name,
+            "quantization_config": quantization,
+        }
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        (self.folder / name).write_text(_json(content), encoding="utf-8")
+
+
+class GGUFExporter(Exporter):
+    """One GGUF file. Its header holds the recipe; the manifest, known only at the end, goes into a file beside it."""
+
+    def __init__(self, recipe: Recipe, source: ModelSource, file: Any) -> None:
+        self.config = source.config
+        self.architecture = ARCHITECTURES[source.config.architecture]
+        self.types = {
+            name: _gguf_type(recipe, name, shape) for name, shape in parameter_order(source).items()
+        }
+        tensors = [
+            (gguf_names.to_gguf(name), shape, self.types[name]) for name, shape in parameter_order(source).items()
+        ]
+        self.factors = None
+        if self.config.rope.kind == "llama3":
+            self.factors = rope.divisors(self.config.rope, self.config.head_dim)
+            tensors.insert(0, ("rope_freqs.weight", tuple(self.factors.shape), "F32"))
+        self.writer = GGUFWriter(file, _gguf_metadata(recipe, source), tensors)
+        self.size_bytes = sum(info.nbytes for info in self.writer.tensors.values())
+        if self.factors is not None:
+            self.writer.add("rope_freqs.weight", self.factors)
+
+    def add(self, name: str, weight: Weight) -> None:
+        heads = gguf_names.permuted_heads(name, self.architecture, self.config)
+        if heads is not None:
+            weight = gguf_names.halves_to_pairs(weight, heads)
+        kind = self.types[name]
+        if kind in STORED_AS:
+            self.writer.add(gguf_names.to_gguf(name), as_dense(weight, STORED_AS[kind]))
+            return
+        if not isinstance(weight, QuantizedTensor):
+            weight = round_to_nearest(weight, SCHEMES[kind.lower()])
+        self.writer.add(gguf_names.to_gguf(name), encode_blocks(weight))
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        self.writer.finish()
+        self.manifest = manifest
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _linear_names(source: ModelSource) -> list[str]:
+    modules = [module for group in LINEAR_GROUPS.values() for module in group]
+    return [source.layer_name(layer, module) for layer in range(source.config.num_layers) for module in modules]
+
+
+def _gguf_type(recipe: Recipe, name: str, shape: tuple[int, ...]) -> str:
+    """A tensor's type: vectors in float32, linear layers in the scheme's, embedding and head in 8 bits at least."""
+    if len(shape) == 1:
+        return "F32"
+    if recipe.ignores(name.removesuffix(".weight")):
+        return "F16"
+    return "Q8_0" if name in (EMBEDDING, HEAD) and recipe.scheme.bits < 8 else recipe.scheme.gguf_type or "F16"
+
+
+def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
+    config = source.config
+    name = ARCHITECTURES[config.architecture].gguf_name
+    window = next((w for w in config.windows if w is not None), None)
+    metadata: dict[str, Any] = {
+        "general.architecture": name,
+        "general.name": source.path.stem,
+        "general.file_type": _FILE_TYPES[recipe.scheme.gguf_type or "F16"],
+        "general.quantization_version": 2,
+        "llmopt.recipe": json.dumps(recipe.to_dict()),
+        f"{name}.context_length": config.max_position,
+        f"{name}.embedding_length": config.hidden_size,
+        f"{name}.block_count": config.num_layers,
+        f"{name}.feed_forward_length": config.intermediate_size,
+        f"{name}.attention.head_count": config.num_heads,
+        f"{name}.attention.head_count_kv": config.num_kv_heads,
+        f"{name}.attention.key_length": config.head_dim,
+        f"{name}.attention.value_length": config.head_dim,
+        f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{name}.rope.freq_base": config.rope.theta,
+        f"{name}.rope.dimension_count": config.head_dim,
+        f"{name}.vocab_size": config.vocab_size,
+    }
+    if window is not None:
+        metadata[f"{name}.attention.sliding_window"] = window
+    if config.rope.kind == "linear":
+        metadata |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": config.rope.factor}
+    return metadata | gguf_tokenizer_entries(source)
