@@ -21,14 +21,18 @@ void PackedWeight::pack_codes(const PackingInput& input) {
   if (input.integer_activations) sums_ = Buffer<int32_t>(tiles() * kTile);
   for (int64_t output = 0; output < out_; ++output) {
     const uint8_t* codes = input.codes + output * in_;
-    uint32_t* to = words_.data() + (output / kTile * words) * kTile + output % kTile;
+    uint32_t* to = words_.data() + output / kTile * words * kTile + output % kTile;
     int32_t sum = 0;
-    for (int64_t place = 0; place < packed_in_; ++place) {
-      const int64_t source = order_.empty() ? place : order_[static_cast<size_t>(place)];
-      const int code = source < 0 ? 0 : codes[source] - middle_;
-      const int shift = static_cast<int>(place % codes_per_word) * stored_bits_;
-      to[place / codes_per_word * kTile] |= (static_cast<uint32_t>(code) & mask) << shift;
-      sum += code;
+    for (int64_t word = 0; word < words; ++word) {
+      uint32_t bits = 0;
+      for (int64_t j = 0; j < codes_per_word; ++j) {
+        const int64_t place = word * codes_per_word + j;
+        const int64_t source = input.order ? input.order[place] : place;
+        const int code = source < 0 ? 0 : codes[source] - middle_;
+        bits |= (static_cast<uint32_t>(code) & mask) << (j * stored_bits_);
+        sum += code;
+      }
+      to[word * kTile] = bits;
     }
     if (input.integer_activations) sums_[output] = sum;
   }
