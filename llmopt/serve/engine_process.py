@@ -3,6 +3,7 @@
 Started as `python -m llmopt.serve.engine_process FD`, where FD is the inherited end of a socket pair.
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -20,6 +21,9 @@ if TYPE_CHECKING:  # the API process imports this file to start the engine, and 
 
 
 EXIT_SECONDS = 1.0
+# OpenMP's threads spin at barriers by default. Beside other processes, such as our own API's, the partner they wait
+# for is often not scheduled, and a step then takes ten times as long; sleeping costs microseconds.
+_QUIET_BARRIERS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @contextmanager
@@ -36,6 +40,7 @@ def engine_process(configure: Configure) -> Iterator[tuple[subprocess.Popen, soc
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             process_group=0,
+            env=_QUIET_BARRIERS | os.environ,
         )
         theirs.close()
         try:
