@@ -72,13 +72,12 @@ class CpuBackend(ReferenceBackend):
 
     def _pack_part(self, pieces: list[tuple[Weight, Tensor | None]]) -> PackedWeight | Linear:
         weights, biases = [weight for weight, _ in pieces], [bias for _, bias in pieces]
-        first = weights[0]
-        reason = "dense weights are left to torch" if isinstance(first, Tensor) else why_not(first)
-        if reason is not None or isinstance(first, Tensor):
-            self._warn_once(str(reason))
+        reason = why_not(weights[0])
+        if reason is not None:
+            self._warn_once(reason)
             return super().pack(weights, biases)
-        bias = self.join_biases(weights, biases)
-        return packed([weight for weight in weights if isinstance(weight, QuantizedTensor)], bias)
+        quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+        return packed(quantized, self.join_biases(weights, biases))
 
     def _warn_once(self, reason: str) -> None:
         if reason not in self._warned:
@@ -117,20 +116,16 @@ def same_kind(a: Weight, b: Weight) -> bool:
     """Whether two weights differ in nothing but their numbers and their outputs."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor)
-    if (a.bits, a.activation_bits, a.zeros is None, a.scales.shape[1]) != (
-        b.bits,
-        b.activation_bits,
-        b.zeros is None,
-        b.scales.shape[1],
-    ):
-        return False
+    kinds = [(w.bits, w.activation_bits, w.zeros is None, w.scales.shape[1]) for w in (a, b)]
     if a.group_index is None or b.group_index is None:
-        return a.group_index is b.group_index
-    return torch.equal(a.group_index, b.group_index)
+        return kinds[0] == kinds[1] and a.group_index is b.group_index
+    return kinds[0] == kinds[1] and torch.equal(a.group_index, b.group_index)
 
 
-def why_not(weight: QuantizedTensor) -> str | None:
+def why_not(weight: Weight) -> str | None:
     """What about this weight the kernels cannot do, or None."""
+    if isinstance(weight, Tensor):
+        return "dense weights are left to torch"
     if weight.activation_bits is not None:
         if weight.activation_bits != 8:
             return f"activations are rounded to 8 bits only, not {weight.activation_bits}"
