@@ -22,7 +22,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb_per_s": round(read_bandwidth(device) / 1e9, 2),
+        "memory_gb_per_s": round(read_bandwidth(device, PROBE_BYTES, PROBE_SECONDS) / 1e9, 2),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
@@ -37,7 +37,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def read_bandwidth(device: torch.device, size: int = PROBE_BYTES, seconds: float = PROBE_SECONDS) -> float:
+def read_bandwidth(device: torch.device, size: int, seconds: float) -> float:
     """Bytes per second at which an array of `size` bytes is summed: the median of the rounds that fit in `seconds`,
     at least three."""
     array = torch.ones(size // 4, dtype=torch.float32, device=device)

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
+from aiohttp.http_exceptions import HttpProcessingError  # a line too long, for one, is no ClientError
 
 from llmopt.bench.datasets import Prompt
 from llmopt.bench.metrics import Chunk, RequestTrace, share_out
@@ -83,7 +84,7 @@ class _Choice(msgspec.Struct):
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class StreamError(Exception):
@@ -110,7 +111,7 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: Promp
         trace.error = f"no answer within {target.timeout:g} s"
     except msgspec.MsgspecError as error:
         trace.error = f"the stream is not the JSON of completions: {error}"
-    except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a line longer than the client's buffer
+    except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
         trace.error = f"{type(error).__name__}: {_one_line(str(error))}"
     trace.finished = time.perf_counter()
 
@@ -145,7 +146,8 @@ class _Reader:
             return
         event = _decode_event(data)
         if event.error is not None:
-            raise StreamError(f"error in the stream: {_one_line(bytes(event.error).decode(errors='replace'))}")
+            message = event.error.get("message") if isinstance(event.error, dict) else None
+            raise StreamError(f"error in the stream: {_one_line(str(message or event.error))}")
         self.usage = event.usage or self.usage
         so_far = None if event.usage is None else event.usage.completion_tokens
         for choice in event.choices:
