@@ -17,7 +17,7 @@ from llmopt.serve.metrics import Metrics
 from llmopt.serve.schema import ChatRequest, CompletionRequest
 from llmopt.serve.streaming import answer
 
-_FIELDS = {
+FIELDS = {  # of the body at each path
     "/v1/completions": tuple(CompletionRequest.model_fields),
     "/v1/chat/completions": tuple(ChatRequest.model_fields),
 }
@@ -27,7 +27,7 @@ def create_app(model: ServedModel, client: EngineClient, metrics: Metrics) -> Fa
     """The HTTP application over a loaded model. The key and the closing time are the gate's affair."""
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="llmopt", version=__version__, docs_url=None, redoc_url=None)
-    add_error_handlers(app, _FIELDS)
+    add_error_handlers(app, FIELDS)
     _add_completion_routes(app, model, client)
     _add_model_routes(app, model)
     _add_operation_routes(app, client, metrics)

@@ -123,6 +123,9 @@ class Call(ABC):
         if n * len(self.prompts) > MAX_CHOICES:
             raise ApiError(400, f"{len(self.prompts)} prompts with n={n} are more than {MAX_CHOICES} choices", "n")
         given = self.request.model_dump(include=set(PARAMETER_NAMES), exclude_none=True)
+        for token in self.request.stop_token_ids or ():
+            if not 0 <= token < ready.vocab_size:
+                raise ApiError(400, f"stop_token_ids must be between 0 and {ready.vocab_size - 1}", "stop_token_ids")
         options = {**ready.default_sampling, **given, "logprobs": self.logprobs()}
         works = []
         for prompt in self.prompts:
@@ -150,6 +153,15 @@ class Call(ABC):
                 f"but prompt and output together have at most {longest}"
             )
         return limit
+
+
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """The tokens of a text. Raises InputError for what JSON can write but Unicode forbids."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt holds half of a surrogate pair, which is no character") from None
+    return tokenizer.encode(text, add_special_tokens)
 
 
 def finite(logprob: float) -> float:

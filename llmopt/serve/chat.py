@@ -5,7 +5,7 @@ from typing import Any
 from llmopt.engine.outputs import Delta, TokenLogprobs
 from llmopt.errors import InputError
 from llmopt.model.tokenizer import Tokenizer
-from llmopt.serve.call import Call, ServedModel, finite
+from llmopt.serve.call import Call, ServedModel, encode, finite
 from llmopt.serve.errors import ApiError
 from llmopt.serve.schema import ChatRequest
 
@@ -27,7 +27,7 @@ class ChatCall(Call):
 
     def __init__(self, request: ChatRequest, model: ServedModel) -> None:
         text = render_prompt(request, model.tokenizer)
-        super().__init__(request, model, [model.tokenizer.encode(text, add_special_tokens=False)])
+        super().__init__(request, model, [encode(model.tokenizer, text, add_special_tokens=False)])
 
     def max_tokens(self, room: int) -> int | None:
         given = self.request.max_completion_tokens

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from llmopt.engine.outputs import Delta, TokenLogprobs
-from llmopt.serve.call import Call, ServedModel, finite
+from llmopt.serve.call import Call, ServedModel, encode, finite
 from llmopt.serve.schema import CompletionRequest, Prompt
 
 DEFAULT_MAX_TOKENS = 16
@@ -19,8 +19,7 @@ class CompletionCall(Call):
 
     def __init__(self, request: CompletionRequest, model: ServedModel) -> None:
         self._given = _as_list(request.prompt)
-        encode = model.tokenizer.encode
-        prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._given]
+        prompts = [encode(model.tokenizer, each, True) if isinstance(each, str) else each for each in self._given]
         super().__init__(request, model, prompts)
         self._offsets = [len(self._echo(index)) for index in range(len(self.works))]
 

@@ -57,6 +57,7 @@ class EngineClient:
         if not isinstance(ready, Ready):
             raise LlmoptError(f"the engine process began with {type(ready).__name__} instead of Ready")
         self._listener = asyncio.create_task(self._listen())
+        self._listener.add_done_callback(self._listener_ended)
         return ready
 
     @property
@@ -122,6 +123,12 @@ class EngineClient:
                     return
         except (EOFError, OSError):
             self._fail(EngineStopped("the engine process has ended unexpectedly"))
+
+    def _listener_ended(self, listener: asyncio.Task[None]) -> None:
+        # Whatever else goes wrong in listening must not leave requests waiting for ever behind a healthy face.
+        error = None if listener.cancelled() else listener.exception()
+        if error is not None:
+            self._fail(EngineStopped(f"the engine's messages could not be taken in: {error}"))
 
     def _take(self, message: Deltas) -> None:
         self.stats = message.stats

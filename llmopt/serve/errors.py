@@ -91,7 +91,7 @@ def describe(error: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str |
         return f"the body is not valid JSON: {error['ctx']['error']} at character {path[0]}", None
     if not path:
         return "the body must be a JSON object, sent with Content-Type: application/json", None
-    field = ".".join(str(part) for part in path)
+    field = ".".join(str(part) for part in path).encode(errors="replace").decode()  # JSON can name what is no text
     if error["type"] == "extra_forbidden":
         return unknown("field", field, known if len(path) == 1 else ()), field
     if error["type"] == "missing":

@@ -81,7 +81,11 @@ def _check_content(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_check_prompt)]
-Stop = Annotated[str | list[str], WrapValidator(partial(_validate_as, "a string or a list of strings"))]
+MAX_STOPS = 64  # every one is looked for in every piece of text
+Stop = Annotated[
+    str | Annotated[list[str], Field(max_length=MAX_STOPS)],
+    WrapValidator(partial(_validate_as, f"a string or a list of at most {MAX_STOPS} strings")),
+]
 
 
 class _Body(BaseModel):

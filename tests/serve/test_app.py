@@ -5,11 +5,13 @@ import json
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmopt import __version__
 from llmopt.errors import InputError
 from llmopt.serve import gate as gate_module
-from llmopt.serve.app import create_app
+from llmopt.serve.app import FIELDS, create_app
 from llmopt.serve.errors import EngineStopped
 from llmopt.serve.gate import Gate
 from llmopt.serve.metrics import Metrics
@@ -124,6 +126,30 @@ def test_wrong_requests(api, path, body, status, message, param):
     error = error_of(response)
     assert message in error["message"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+texts = st.text(max_size=5) | st.just("\ud800")
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "x"]), "content": json_values}), max_size=3
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_body_is_answered_with_an_internal_error(api, data):
+    path = data.draw(st.sampled_from(sorted(FIELDS)))
+    required = {"prompt": st.just("a") | json_values} if path == "/v1/completions" else {"messages": messages}
+    names = st.sampled_from(sorted(set(FIELDS[path]) - {"prompt", "messages"})) | st.text(max_size=3)
+    body = data.draw(st.fixed_dictionaries(required)) | data.draw(st.dictionaries(names, json_values, max_size=3))
+    response = api("POST", path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404)
+    if response.status_code != 200:
+        assert "\n" not in error_of(response)["message"]
 
 
 def test_wrong_paths_and_methods(api):

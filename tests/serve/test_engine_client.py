@@ -182,6 +182,19 @@ def test_when_the_engine_ends_every_open_request_is_told(last, reason):
     run(scenario)
 
 
+def test_a_message_that_makes_no_sense_is_the_end_too():
+    async def scenario():
+        async with connected() as (client, peer):
+            reading = asyncio.create_task(anext(client.generate("r", [WORK])))
+            await peer.receive()
+            peer.writer.write(LENGTH.pack(1) + b"\x00")
+            with pytest.raises(EngineStopped, match="messages could not be taken in"):
+                await reading
+            assert not client.healthy
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(("status", "kind"), [(2, InputError), (3, LlmoptError)])
 def test_a_model_that_cannot_be_loaded_keeps_its_exit_status(status, kind):
     async def scenario():

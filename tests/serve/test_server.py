@@ -172,7 +172,7 @@ def test_errors_that_the_client_knows(client):
         client.completions.create(model="gpt-4", prompt="a")
     with pytest.raises(openai.BadRequestError, match=r"max_tokens asks for 600 more.* at most 512"):
         complete(client, max_tokens=600)
-    with pytest.raises(openai.BadRequestError, match="the prompt has 2001 tokens"):
+    with pytest.raises(openai.BadRequestError, match="the prompt has 1001 tokens"):
         complete(client, "a b" * 1000 + "a")
     with pytest.raises(openai.BadRequestError, match="did you mean 'top_k'"):
         complete(client, extra_body={"topk": 1})
@@ -216,6 +216,26 @@ def test_a_signal_lets_streams_finish_and_refuses_new_requests(smollm2, running_
             assert list(stream)[-1].choices[0].finish_reason == "length"
         assert server.wait() == 0
         assert not any("sesame" in line for line in server.log)
+
+
+def test_requests_that_take_too_long_to_finish_end_with_an_error(smollm2, running_server):
+    arguments = ("--port", "0", "--max-model-len", "8192", "--shutdown-timeout", "0.5", *CALM)
+    with running_server(smollm2, *arguments) as server:
+        body = {"prompt": "Once", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            assert "the server has shut down" in [line for line in lines if line][-2]
+        assert server.wait(10) == 0
+
+
+def test_the_engine_does_not_outlive_the_server(smollm2, running_server):
+    with running_server(smollm2, "--port", "0", "--max-model-len", "512", *CALM) as server:
+        assert server.url
+        (engine,) = psutil.Process(server.process.pid).children()
+        server.process.kill()
+        engine.wait(10)  # raises TimeoutExpired if it lives on
 
 
 def test_a_second_signal_ends_at_once(smollm2, running_server):
