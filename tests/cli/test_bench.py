@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def llmopt(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return int(exit.value.code or 0)
 
 
-async def stream(request: web.Request, asked: list[dict]) -> web.StreamResponse:
+async def stream(asked: list[dict], request: web.Request) -> web.StreamResponse:
     """Three tokens and no more; prompts of model `broken` fail unless they are the first."""
     body = await request.json()
     asked.append(body)
@@ -41,7 +42,7 @@ def server() -> Iterator[tuple[str, list[dict]]]:
     """A server in a thread of its own: its address, and the bodies it was sent."""
     asked: list[dict] = []
     app = web.Application()
-    app.router.add_post("/v1/completions", lambda request: stream(request, asked))
+    app.router.add_post("/v1/completions", partial(stream, asked))
     loop = asyncio.new_event_loop()
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     loop.run_until_complete(runner.setup())
