@@ -12,7 +12,7 @@ from llmopt.serve.call import ServedModel
 from llmopt.serve.chat import ChatCall
 from llmopt.serve.completions import CompletionCall
 from llmopt.serve.engine_client import EngineClient
-from llmopt.serve.errors import ApiError, add_error_handlers, error_response, unknown
+from llmopt.serve.errors import ApiError, add_error_handlers, unknown
 from llmopt.serve.metrics import Metrics
 from llmopt.serve.schema import ChatRequest, CompletionRequest
 from llmopt.serve.streaming import answer
@@ -74,7 +74,8 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
     @app.get("/health", response_model=None)
     @app.get("/ping", response_model=None)
     async def health() -> Response:
-        return Response() if client.healthy else error_response(503, str(client.failure.result()))
+        client.check_available(0)  # raises Unavailable, which is 503, once the engine is gone
+        return Response()
 
     @app.get("/metrics", response_model=None)
     async def prometheus() -> Response:

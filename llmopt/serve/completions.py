@@ -21,7 +21,7 @@ class CompletionCall(Call):
         self._given = _as_list(request.prompt)
         prompts = [encode(model.tokenizer, each, True) if isinstance(each, str) else each for each in self._given]
         super().__init__(request, model, prompts)
-        self._offsets = [len(self._echo(index)) for index in range(len(self.works))]
+        self._offsets = [0] * len(self.works)
 
     def max_tokens(self, room: int) -> int | None:
         given = self.request.max_tokens
@@ -56,7 +56,7 @@ class CompletionCall(Call):
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     def _logprobs(self, index: int, steps: list[TokenLogprobs]) -> dict[str, list[Any]]:
-        """OpenAI's four parallel lists; `text_offset` counts characters from the beginning of the choice's text."""
+        """OpenAI's four parallel lists; `text_offset` counts characters, each token's taken for itself."""
         tokens = [self._token_name(step.token_id) for step in steps]
         offsets = []
         for step in steps:

@@ -1,12 +1,11 @@
 """The API process's side of the engine: requests out, deltas in, nothing that blocks the event loop."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from llmopt.engine.outputs import Delta, EngineStats
+from llmopt.engine.outputs import Delta
 from llmopt.engine.params import SamplingParams
 from llmopt.errors import InputError, LlmoptError
 from llmopt.serve.errors import EngineStopped, Unavailable
@@ -25,8 +24,6 @@ from llmopt.serve.protocol import (
     from_engine_decoder,
 )
 
-logger = logging.getLogger(__name__)
-
 MAX_OPEN = 16384
 """Engine requests open at once; more are refused, so that a flood does not fill the memory."""
 
@@ -35,12 +32,10 @@ class EngineClient:
     """Asks the engine process for completions.
 
     Attributes:
-        stats: the engine's state, as it last told it; None before its first step.
         failure: set with the reason once the engine is gone.
     """
 
     def __init__(self, metrics: Metrics) -> None:
-        self.stats: EngineStats | None = None
         self.failure: asyncio.Future[LlmoptError] = asyncio.get_running_loop().create_future()
         self._metrics = metrics
         self._open: dict[str, _OpenRequest] = {}
@@ -59,10 +54,6 @@ class EngineClient:
         self._listener = asyncio.create_task(self._listen())
         self._listener.add_done_callback(self._listener_ended)
         return ready
-
-    @property
-    def healthy(self) -> bool:
-        return not self.failure.done()
 
     def check_available(self, count: int) -> None:
         """Raise Unavailable unless the engine would take `count` more requests."""
@@ -131,7 +122,6 @@ class EngineClient:
             self._fail(EngineStopped(f"the engine's messages could not be taken in: {error}"))
 
     def _take(self, message: Deltas) -> None:
-        self.stats = message.stats
         self._metrics.update(message.stats)
         for delta in message.deltas:
             request = self._open.get(delta.request_id)

@@ -3,6 +3,7 @@
 Started as `python -m llmopt.serve.engine_process FD`, where FD is the inherited end of a socket pair.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from llmopt.serve.protocol import Abort, Add, Configure, Deltas, EngineSocket, F
 if TYPE_CHECKING:  # the API process imports this file to start the engine, and must stay without torch
     from llmopt.engine.engine import Engine
 
+logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 1.0
 # OpenMP's threads spin at barriers by default. Beside other processes, such as our own API's, the partner they wait
@@ -84,7 +86,9 @@ def _run(connection: EngineSocket) -> None:
     except LlmoptError as error:
         connection.send(Failed(str(error), error.exit_status))
     except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError for all that goes wrong in a kernel
-        connection.send(Failed(f"the engine failed: {str(error).strip() or type(error).__name__}", 3))
+        logger.debug("the engine failed", exc_info=True)
+        reason = str(error).strip() or type(error).__name__
+        connection.send(Failed(f"the engine failed: {reason.splitlines()[0]}", LlmoptError.exit_status))
 
 
 def _load(configure: Configure) -> "Engine":

@@ -1,7 +1,6 @@
 """HTTP errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import difflib
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from llmopt.errors import InputError, LlmoptError
-
-logger = logging.getLogger(__name__)
 
 
 class ApiError(HTTPException):
@@ -91,7 +88,8 @@ def describe(error: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str |
         return f"the body is not valid JSON: {error['ctx']['error']} at character {path[0]}", None
     if not path:
         return "the body must be a JSON object, sent with Content-Type: application/json", None
-    field = ".".join(str(part) for part in path).encode(errors="replace").decode()  # JSON can name what is no text
+    # Cut and cleaned, because JSON can hold names of any length, and names that are no text.
+    field = ".".join(str(part) for part in path)[:200].encode(errors="replace").decode()
     if error["type"] == "extra_forbidden":
         return unknown("field", field, known if len(path) == 1 else ()), field
     if error["type"] == "missing":

@@ -113,7 +113,9 @@ class ScriptedClient:
     Attributes:
         seen: the works of each call.
         closed: how many calls were closed before they had ended.
+        error: ends every call, after its text.
         hang: never answers.
+        down: why the engine is gone.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str = "hello") -> None:
@@ -121,14 +123,9 @@ class ScriptedClient:
         self.text = text
         self.error: LlmoptError | None = None
         self.hang = False
-        self.failure: asyncio.Future | None = None
         self.seen: list[list[tuple[list[int], SamplingParams]]] = []
         self.closed = 0
         self.down: str | None = None
-
-    @property
-    def healthy(self) -> bool:
-        return self.down is None
 
     def check_available(self, count: int) -> None:
         if self.down is not None:

@@ -42,7 +42,6 @@ class Api:
 
 @pytest.fixture
 def api(served_model, scripted_client) -> Api:
-    scripted_client.failure = None
     return Api(served_model, scripted_client)
 
 
@@ -191,7 +190,6 @@ def test_without_an_engine_there_is_503(api, scripted_client, stream):
 def test_health(api, scripted_client):
     assert api("GET", "/health").status_code == 200
     scripted_client.down = "the engine died"
-    scripted_client.failure = type("Done", (), {"result": lambda self: EngineStopped("the engine died")})()
     response = api("GET", "/health")
     assert (response.status_code, error_of(response)["message"]) == (503, "the engine died")
 

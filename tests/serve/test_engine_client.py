@@ -83,7 +83,7 @@ def test_deltas_reach_their_request_until_it_ends():
             peer.deltas(delta("r-1", "d", "length"))
             got += [item async for item in stream]
             assert [(index, each.text) for index, each in got] == [(1, "b"), (0, "a"), (0, "c"), (1, "d")]
-            assert client.stats == stats()
+            assert 'vllm:num_requests_running{engine="0",model_name="m"} 0.0' in client.metrics.render().decode()
 
     run(scenario)
 
@@ -168,13 +168,12 @@ def test_when_the_engine_ends_every_open_request_is_told(last, reason):
         async with connected() as (client, peer):
             reading = asyncio.create_task(anext(client.generate("r", [WORK])))
             await peer.receive()
-            assert client.healthy
+            client.check_available(1)
             if last is not None:
                 peer.send(last)
             peer.writer.close()
             with pytest.raises(EngineStopped, match=reason):
                 await reading
-            assert not client.healthy
             assert reason in str(client.failure.result())
             with pytest.raises(Unavailable, match=reason):
                 client.check_available(1)
@@ -190,7 +189,8 @@ def test_a_message_that_makes_no_sense_is_the_end_too():
             peer.writer.write(LENGTH.pack(1) + b"\x00")
             with pytest.raises(EngineStopped, match="messages could not be taken in"):
                 await reading
-            assert not client.healthy
+            with pytest.raises(Unavailable):
+                client.check_available(0)
 
     run(scenario)
 

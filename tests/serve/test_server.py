@@ -1,11 +1,7 @@
 """The server as its users meet it: a process, a port, the openai client, and a real model."""
 
 import json
-import signal
 import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -191,95 +187,3 @@ def test_the_api_process_has_no_torch(server):
     assert "libtorch" not in libraries.read_text()
     (engine,) = psutil.Process(server.process.pid).children()
     assert "libtorch" in Path(f"/proc/{engine.pid}/maps").read_text()
-
-
-def test_a_port_in_use_is_told_before_the_model_is_loaded(server, smollm2):
-    port = server.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "llmopt.cli.main", "serve", smollm2, "--port", port]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2
-    assert result.stderr == f"llmopt: error: port {port} is in use; choose another with --port\n"
-
-
-def test_a_signal_lets_streams_finish_and_refuses_new_requests(smollm2, running_server):
-    arguments = ("--port", "0", "--max-model-len", "512", *CALM)
-    with running_server(smollm2, *arguments, LLMOPT_API_KEY="sesame") as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame", max_retries=0) as client:
-            stream = client.completions.create(model=smollm2, prompt="Once", stream=True, max_tokens=60,
-                                               extra_body={"ignore_eos": True})  # fmt: skip
-            next(iter(stream))
-            server.process.send_signal(signal.SIGTERM)
-            while not any("stopping" in line for line in server.log):
-                time.sleep(0.01)
-            with pytest.raises(openai.InternalServerError, match="shutting down"):
-                client.models.list()
-            assert list(stream)[-1].choices[0].finish_reason == "length"
-        assert server.wait() == 0
-        assert not any("sesame" in line for line in server.log)
-
-
-def test_requests_that_take_too_long_to_finish_end_with_an_error(smollm2, running_server):
-    arguments = ("--port", "0", "--max-model-len", "8192", "--shutdown-timeout", "0.5", *CALM)
-    with running_server(smollm2, *arguments) as server:
-        body = {"prompt": "Once", "max_tokens": 8000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            server.process.send_signal(signal.SIGTERM)
-            assert "the server has shut down" in [line for line in lines if line][-2]
-        assert server.wait(10) == 0
-
-
-def test_the_engine_does_not_outlive_the_server(smollm2, running_server):
-    with running_server(smollm2, "--port", "0", "--max-model-len", "512", *CALM) as server:
-        assert server.url
-        (engine,) = psutil.Process(server.process.pid).children()
-        server.process.kill()
-        engine.wait(10)  # raises TimeoutExpired if it lives on
-
-
-def test_a_second_signal_ends_at_once(smollm2, running_server):
-    with running_server(smollm2, "--port", "0", "--max-model-len", "8192", *CALM) as server:
-        body = {"prompt": "Once", "max_tokens": 8000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            for _ in range(2):
-                server.process.send_signal(signal.SIGINT)
-                time.sleep(0.3)
-            assert "the server has shut down" in [line for line in lines if line][-2]
-        assert server.wait(10) == 128 + signal.SIGINT
-
-
-def test_when_the_engine_dies_clients_are_told_and_the_server_ends(smollm2, running_server):
-    with running_server(smollm2, "--port", "0", "--max-model-len", "8192", *CALM) as server:
-        body = {"prompt": "Once", "max_tokens": 8000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            (engine,) = psutil.Process(server.process.pid).children()
-            engine.kill()
-            *_, error, done = [line for line in lines if line]
-        assert json.loads(error.removeprefix("data: "))["error"]["code"] == 500
-        assert done == "data: [DONE]"
-        assert server.wait() == 3
-        assert server.log[-1] == "llmopt: error: the engine process has ended unexpectedly (killed by SIGKILL)\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no-such-model"], "there is no model at no-such-model"),
-        (["smollm2", "--dtype", "int3"], "dtype must be one of auto, float32, bfloat16, float16, not 'int3'"),
-        (["smollm2", "--port", "70000"], "port must be between 0 and 65535, not 70000"),
-        (["smollm2", "--host", "no.such.host.invalid"], "the host 'no.such.host.invalid' is not known"),
-        (["smollm2", "--chat-template", "no.jinja"], "cannot read the chat template no.jinja"),
-        (["smollm2", "--max-model-len", "9000"], "max_model_len 9000 is more than the 8192 tokens"),
-        (["smollm2", "--log-level", "loud"], "log_level must be one of debug, info, warning, error, not 'loud'"),
-    ],
-)
-def test_what_cannot_start_says_why_in_one_line(smollm2, running_server, arguments, message):
-    with running_server(*arguments, *(() if "--port" in arguments else ("--port", "0"))) as server:
-        assert server.wait(60) == 2
-        assert server.log[-1].startswith(f"llmopt: error: {message}")
-        assert not any("Traceback" in line for line in server.log)
