@@ -1,6 +1,7 @@
 """llmopt: make language-model inference cheap, and prove that nothing was broken."""
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -8,14 +9,15 @@ _EXPORTS = {
     "LLM": "llmopt.engine.llm",
     "SamplingParams": "llmopt.engine.params",
     "quantize": "llmopt.quant.pipeline",
-    "evaluate": "llmopt.evaluate.evaluate",
 }
 
 __all__ = ["LLM", "SamplingParams", "__version__", "evaluate", "quantize"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import the public names when they are first used, so that `llmopt --help` does not wait for torch."""
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
+    if name == "evaluate":
+        return import_module("llmopt.evaluate")
     raise AttributeError(f"module 'llmopt' has no attribute {name!r}")

@@ -191,6 +191,7 @@ def _rope_from_gguf(fields: Fields, theta: float, factors: list[float] | None) -
         return Rope(theta, "linear", fields.number("rope.scaling.factor"))
     if factors is None:
         return Rope(theta)
-    # The file holds only the resulting divisors; the largest is the factor, and the other constants have been the
-    # same in every Llama 3 release. Whoever builds the rotation checks it against the file's.
-    return Rope(theta, "llama3", factor=round(max(factors), 4))
+    # The file holds only the resulting divisors. The largest is the factor; the frequency bounds have been the same in
+    # every Llama 3 release. Whoever builds the rotation checks it against the file's divisors.
+    original = fields.integer("rope.scaling.original_context_length", Rope.original_max_position)
+    return Rope(theta, "llama3", factor=round(max(factors), 4), original_max_position=original)

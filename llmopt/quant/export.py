@@ -201,4 +201,6 @@ def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
         metadata[f"{name}.attention.sliding_window"] = window
     if config.rope.kind == "linear":
         metadata |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": config.rope.factor}
+    if config.rope.kind == "llama3":
+        metadata[f"{name}.rope.scaling.original_context_length"] = config.rope.original_max_position
     return metadata | gguf_tokenizer_entries(source)

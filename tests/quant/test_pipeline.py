@@ -1,0 +1,185 @@
+"""Whole quantizations of a small model: what is written is what was meant, whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmopt.engine.config import EngineConfig
+from llmopt.engine.llm import LLM
+from llmopt.engine.params import SamplingParams
+from llmopt.engine.scoring import Scorer
+from llmopt.errors import InputError, LlmoptError
+from llmopt.model.source import as_dense, open_source
+from llmopt.quant import pipeline
+from llmopt.quant.pipeline import quantize
+from llmopt.weights.quantized import QuantizedTensor
+
+KINDS = {
+    "gptq": {"method": "gptq", "scheme": "w4a16"},
+    "gptq-act-order": {"method": "gptq", "scheme": "w4a16", "desc_act": True},
+    "gptq-asym": {"method": "gptq", "scheme": "w4a16-asym", "format": "gptq"},
+    "awq": {"method": "awq", "scheme": "w4a16-asym"},
+    "w8a16": {"method": "rtn", "scheme": "w8a16"},
+    "w8a8": {"method": "rtn", "scheme": "w8a8"},
+    "q8_0.gguf": {"method": "rtn", "scheme": "q8_0"},
+    "q4_0.gguf": {"method": "rtn", "scheme": "q4_0"},
+    "f16.gguf": {"method": "rtn", "scheme": "f16"},
+}
+SMALL = {"samples": 4, "seq_len": 64, "calibration": "builtin"}
+
+
+def options(kind: str) -> dict:
+    return KINDS[kind] | SMALL | ({} if kind.endswith("gguf") or kind == "w8a8" else {"group_size": 32})
+
+
+def logits(model: Path | str, tokens: list[int]) -> torch.Tensor:
+    return torch.cat(list(Scorer(EngineConfig(model=str(model), backend="reference")).logits(tokens)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama3-rope", "qwen2", "llama-tied-biased"])
+def test_artifact_is_complete_and_close_to_the_original(family: str, kind: str, tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model(family)
+    if family == "llama-tied-biased" and kind.endswith("gguf"):
+        pytest.skip("GGUF's llama has no bias on the output and mlp projections")
+    output = tmp_path / kind
+    result = quantize(str(folder), str(output), **options(kind))
+    tokens = list(range(3, 60))
+    truth, found = logits(folder, tokens), logits(output, tokens)
+    divergence = torch.nn.functional.kl_div(found.log_softmax(-1), truth.log_softmax(-1), log_target=True, reduction="sum")
+    divergence /= len(tokens)
+    fine = kind in ("f16.gguf", "q8_0.gguf", "w8a16", "w8a8")
+    assert divergence < (0.02 if fine else 0.6), f"KL {divergence:.4f}"
+    assert open_source(str(output)).tokenizer.encode("the cat sat") == open_source(str(folder)).tokenizer.encode(
+        "the cat sat"
+    )
+    assert result["bits_per_weight"] < (17 if kind == "f16.gguf" else 16)
+    manifest = output if output.is_dir() else tmp_path
+    manifest = manifest / ("llmopt.json" if output.is_dir() else f"{kind}.llmopt.json")
+    assert json.loads(manifest.read_text()) == json.loads(json.dumps(result))
+    assert len(result["modules"]) == (0 if kind == "f16.gguf" else 21)
+    text = LLM(str(output), backend="reference", max_num_seqs=2).generate("the cat", SamplingParams(max_tokens=4))
+    assert len(text[0].outputs[0].token_ids) <= 4
+
+
+def test_written_codes_are_those_the_method_chose(tiny_model, tmp_path: Path, monkeypatch) -> None:
+    """Through file and reader, every quantized tensor comes back bit for bit."""
+    folder, _ = tiny_model("llama")
+    meant: dict[str, QuantizedTensor] = {}
+    check = pipeline._check_finite
+
+    def remember(name, weight):
+        meant[name] = weight
+        check(name, weight)
+
+    monkeypatch.setattr(pipeline, "_check_finite", remember)
+    for kind in ("gptq-act-order", "gptq-asym", "awq", "w8a8", "q4_0.gguf"):
+        meant.clear()
+        quantize(str(folder), str(tmp_path / kind), **options(kind))
+        source = open_source(str(tmp_path / kind))
+        quantized = {name: w for name, w in meant.items() if isinstance(w, QuantizedTensor)}
+        assert len(quantized) == 21
+        for name, weight in quantized.items():
+            found = source.weight(name)
+            assert isinstance(found, QuantizedTensor)
+            torch.testing.assert_close(found.dequantize(), weight.dequantize(), atol=0, rtol=0)
+            assert found.activation_bits == weight.activation_bits
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "q4_0.gguf"])
+def test_the_same_command_gives_the_same_bytes(kind: str, tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model("qwen3")
+    written = []
+    for name in "ab":
+        output = tmp_path / name / kind
+        quantize(str(folder), str(output), **options(kind) | {"calibration": "self"})
+        written.append((output if output.is_file() else output / "model.safetensors").read_bytes())
+    if kind.endswith("gguf"):  # its header tells the output's name
+        written = [content.replace(b"/a/", b"/b/") for content in written]
+    assert written[0] == written[1]
+
+
+def test_a_failure_leaves_nothing(tiny_model, tmp_path: Path, monkeypatch) -> None:
+    folder, _ = tiny_model("llama")
+    calls = []
+
+    def fail(name, weight):
+        calls.append(name)
+        if "layers.1" in name:
+            raise LlmoptError(f"{name} came out with values that are not finite; nothing was written")
+
+    monkeypatch.setattr(pipeline, "_check_finite", fail)
+    for kind in ("w8a16", "q8_0.gguf"):
+        with pytest.raises(LlmoptError, match="not finite"):
+            quantize(str(folder), str(tmp_path / kind), **options(kind))
+    assert calls
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_finite_weights_are_refused(tiny_model, tmp_path: Path, monkeypatch) -> None:
+    folder, _ = tiny_model("llama")
+    source = open_source(str(folder))
+    weights = source.layer(1)
+    weights["mlp.up_proj.weight"] = weights["mlp.up_proj.weight"].clone()
+    weights["mlp.up_proj.weight"][0, 0] = float("nan")
+    original = type(source).layer
+    monkeypatch.setattr(type(source), "layer", lambda self, i: weights if i == 1 else original(self, i))
+    with pytest.raises(LlmoptError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        quantize(str(folder), str(tmp_path / "out"), **options("w8a16"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"scheme": "w5a16"}, "unknown scheme 'w5a16'.*w4a16"),
+        ({"method": "gtpq"}, "did you mean gptq"),
+        ({"format": "gptqq"}, "did you mean gptq"),
+        ({"group_size": 48}, "48 does not divide rows of 64.*64, 32|48 does not divide rows of 64.*32"),
+        ({"group_size": 0}, "positive number"),
+        ({"scheme": "w8a8", "format": "compressed-tensors", "group_size": None}, "rtn does"),
+        ({"method": "awq"}, "awq does not hold w4a16; it holds w4a16-asym"),
+        ({"scheme": "q4_0", "method": "rtn", "group_size": None}, "ends in .gguf"),
+        ({"samples": 0}, "at least 1"),
+        ({"seq_len": 4}, "between 8 and"),
+        ({"seq_len": 100000}, "between 8 and the model's 256"),
+        ({"damp": 2.0}, "between 0 and 1"),
+        ({"ignore": ("(",)}, "no regular expression"),
+        ({"calibration": "/nowhere/text.txt"}, "there is no file"),
+        ({"samples": 100000}, "too few for 100000 samples"),
+        ({"desc_act": True, "method": "rtn"}, "needs --method gptq"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(wrong: dict, says: str, tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model("llama")
+    with pytest.raises(InputError, match=says):
+        quantize(str(folder), str(tmp_path / "out"), **options("gptq") | wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_kept_unless_told_otherwise(tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model("llama")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not empty"):
+        quantize(str(folder), str(output), **options("w8a16"))
+    assert (output / "thesis.txt").read_text() == "mine"
+    quantize(str(folder), str(output), **options("w8a16"), overwrite=True)
+    assert (output / "model.safetensors").exists() and not (output / "thesis.txt").exists()
+
+
+def test_ignored_layers_stay_dense(tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model("llama")
+    for kind in ("gptq", "awq", "w8a16", "q4_0.gguf"):
+        quantize(str(folder), str(tmp_path / kind), **options(kind), ignore=(r"layers\.0\.", "down_proj"))
+        source = open_source(str(tmp_path / kind))
+        for layer in range(3):
+            for name, weight in source.layer(layer).items():
+                expected = "proj" in name and layer > 0 and "down" not in name
+                assert isinstance(weight, QuantizedTensor) == expected, name
+                if not expected and layer == 0 and kind != "awq":
+                    original = as_dense(open_source(str(folder)).layer(layer)[name])
+                    torch.testing.assert_close(as_dense(weight), original, atol=2e-3, rtol=1e-3)
