@@ -10,12 +10,10 @@ import numpy as np
 
 from llmopt.bench.datasets import Prompt
 from llmopt.bench.metrics import RequestTrace
-from llmopt.bench.stream import Target, complete
+from llmopt.bench.stream import Target, complete, open_session
 from llmopt.errors import LlmoptError
 
 Watch = Callable[[RequestTrace], None]
-
-LINE_BUFFER = 1 << 20  # bytes of one event; aiohttp's own 64 KiB is less than some servers send at the end
 
 
 async def run_load(
@@ -39,7 +37,7 @@ async def run_load(
 
     Raises LlmoptError where the server answers no warm-up.
     """
-    async with _session(target) as session:
+    async with open_session(target) as session:
         target = await _warm_up(session, target, warmups)
         slots = asyncio.Semaphore(max_concurrency or len(prompts))
         closed_loop = max_concurrency is not None and not due.any()
@@ -56,15 +54,6 @@ async def run_load(
 
         await asyncio.gather(*(one(prompt, trace) for prompt, trace in zip(prompts, traces, strict=True)))
     return traces
-
-
-def _session(target: Target) -> aiohttp.ClientSession:
-    """A client without a limit on connections, so that it is the server that limits."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=target.timeout),
-        read_bufsize=LINE_BUFFER,
-    )
 
 
 async def _warm_up(session: aiohttp.ClientSession, target: Target, prompts: Sequence[Prompt]) -> Target:

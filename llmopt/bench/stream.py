@@ -16,6 +16,7 @@ from llmopt.errors import InputError
 
 _PREFIX = b"data:"
 _DONE = b"[DONE]"
+_LINE_BUFFER = 1 << 20  # bytes of one event; aiohttp's own 64 KiB is less than some servers send at the end
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,12 @@ class Target:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.base_url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # brackets or a port that are none
+            usable = False
+        if not usable:
             raise InputError(f"--base-url must be like http://127.0.0.1:8000, not {self.base_url!r}")
         if parts.username or parts.password:
             raise InputError("--base-url must not hold a password, for reports show it; give --api-key")
@@ -94,14 +99,28 @@ class StreamError(Exception):
 _decode_event = msgspec.json.Decoder(_Event).decode
 
 
+def open_session(target: Target) -> aiohttp.ClientSession:
+    """A client without a limit on connections, so that it is the server that limits."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=target.timeout),
+        headers=target.headers,
+        read_bufsize=_LINE_BUFFER,
+    )
+
+
 async def complete(session: aiohttp.ClientSession, target: Target, prompt: Prompt, trace: RequestTrace) -> None:
     """Send a prompt and fill in its trace; a failure goes into `trace.error` and is never raised."""
-    trace.sent = time.perf_counter()
     reader = _Reader(trace)
+    if not isinstance(prompt.content, str):
+        trace.prompt_tokens = len(prompt.content)
+    body = target.body(prompt)
+    trace.sent = time.perf_counter()
     try:
-        async with session.post(target.completions_url, json=target.body(prompt), headers=target.headers) as response:
+        # A redirect is a failure: it would take the key elsewhere, and its time into the measurement.
+        async with session.post(target.completions_url, json=body, allow_redirects=False) as response:
             if response.status != 200:
-                raise StreamError(f"HTTP {response.status}: {_one_line(await response.text())}")
+                raise StreamError(f"HTTP {response.status}: {_one_line(await response.text(errors='replace'))}")
             async for data in _server_sent_events(response):
                 reader.take(data)
         reader.close()
@@ -109,7 +128,7 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: Promp
         trace.error = str(error)
     except TimeoutError:
         trace.error = f"no answer within {target.timeout:g} s"
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         trace.error = f"the stream is not the JSON of completions: {error}"
     except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
         trace.error = f"{type(error).__name__}: {_one_line(str(error))}"

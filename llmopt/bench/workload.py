@@ -13,6 +13,7 @@ from llmopt.bench.stream import Target
 from llmopt.errors import InputError
 
 INPUT_LEN = 512  # of random prompts, where nothing is said
+WARM_UP_WORDS = 16  # of the random warm-ups before custom prompts, which a server for short ones takes too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,11 @@ class Workload:
 
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """The warm-ups and the prompts to measure; no prompt is in both, so that none is measured out of a cache."""
-        length = self.input_len or INPUT_LEN
         if self.dataset_path is not None:
-            warmups = random_prompts(self.num_warmups, length, self.output_len, self.seed, None)
+            warmups = random_prompts(self.num_warmups, WARM_UP_WORDS, self.output_len, self.seed, None)
             return warmups, custom_prompts(self.num_prompts, self.dataset_path, self.output_len)
         count = self.num_warmups + self.num_prompts
-        drawn = random_prompts(count, length, self.output_len, self.seed, self.tokenizer)
+        drawn = random_prompts(count, self.input_len or INPUT_LEN, self.output_len, self.seed, self.tokenizer)
         return drawn[: self.num_warmups], drawn[self.num_warmups :]
 
     def describe(self) -> dict[str, Any]:

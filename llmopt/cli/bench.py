@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from llmopt.cli import console
 from llmopt.engine.config import BackendName, DeviceName, DTypeName
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 _HERE = "Of a model in this process"
 _THERE = "Of a server"
-_IN_PROCESS = ("prompt_len", "gen_len", "batch", "repeats", "backend", "device", "threads", "dtype", "kv_cache_dtype",
-               "kv_cache_memory_bytes", "max_num_batched_tokens")  # fmt: skip
+_GRID = ("prompt_len", "gen_len", "batch", "repeats")
+_ENGINE = ("backend", "device", "threads", "dtype", "kv_cache_dtype", "kv_cache_memory_bytes", "max_num_batched_tokens")
 _OF_A_SERVER = ("model_name", "api_key", "dataset_name", "dataset_path", "tokenizer", "input_len", "output_len",
                 "num_prompts", "request_rate", "burstiness", "max_concurrency", "num_warmups", "ignore_eos", "goodput",
                 "num_gpus", "timeout")  # fmt: skip
@@ -121,7 +122,7 @@ def bench(
         result = _bench_here(options)
         _show_runs(result, json_file)
     else:
-        _refuse(context, _IN_PROCESS, "MODEL, without --base-url")
+        _refuse(context, _GRID + _ENGINE, "MODEL, without --base-url")
         result = _bench_there(options)
         _show_load(result, json_file)
     console.write_json(result, json_file)
@@ -151,7 +152,7 @@ def _bench_here(options: dict[str, Any]) -> dict[str, Any]:
         _numbers("--gen-len", options["gen_len"], 128),
         _numbers("--batch", options["batch"], 1),
     )
-    of_engine = {name: options[name] for name in _IN_PROCESS[_IN_PROCESS.index("backend") :]}
+    of_engine = {name: options[name] for name in _ENGINE}
     with console.progress_bar() as progress:
         return bench_model(options["model"], cases, options["repeats"], options["seed"], progress, **of_engine)
 
@@ -200,7 +201,7 @@ def _live_counters(total: int) -> Iterator[Callable[["RequestTrace"], None]]:
 
 def _show_runs(result: dict[str, Any], json_file: str | None) -> None:
     out = console.output(json_file)
-    table = Table("phase", title=f"{result['model']}: tokens per second, TTFT in ms, share of the memory's limit")
+    table = Table("phase", title=Text(f"{result['model']}: tokens per second, TTFT in ms, share of the memory's limit"))
     for heading in ("batch", "in", "out", "median", "min", "max", "TTFT", "share"):
         table.add_column(heading, justify="right")
     for run in result["runs"]:
@@ -222,7 +223,7 @@ def _show_load(result: dict[str, Any], json_file: str | None) -> None:
     from llmopt.bench.metrics import LATENCIES
 
     out = console.output(json_file)
-    table = Table("milliseconds", title=f"{result['model']} at {result['base_url']}")
+    table = Table("milliseconds", title=Text(f"{result['model']} at {result['base_url']}"))
     for heading in ("mean", "p50", "p90", "p99"):
         table.add_column(heading, justify="right")
     for name in LATENCIES:

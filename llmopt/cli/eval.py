@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from llmopt.cli import console
 from llmopt.engine.config import BackendName, DeviceName, DTypeName
@@ -79,7 +80,7 @@ def _show(result: dict[str, Any], json_file: str | None) -> None:
     from llmopt.evaluate.junit import explain
 
     out = console.output(json_file)
-    table = Table("", title=f"{result['model']} against {result['reference'] or 'no reference'}")
+    table = Table("", title=Text(f"{result['model']} against {result['reference'] or 'no reference'}"))
     for heading in ("value", f"{result['confidence']:.0%} interval", "reference"):
         table.add_column(heading, justify="right")
     for label, metric in _ROWS:
@@ -93,6 +94,7 @@ def _show(result: dict[str, Any], json_file: str | None) -> None:
     opening = "each begins with" if text["bos"] else "without"
     out.print(
         f"{text['windows']} windows of {text['ctx']} tokens of {text['source']}, {opening} an opening token",
+        markup=False,
         highlight=False,
     )
     for verdict in result["gates"]:

@@ -57,7 +57,9 @@ class Server:
         if self.refuses and "continuous_usage_stats" in body["stream_options"]:
             return web.json_response({"error": "unknown field"}, status=400)
         if body["prompt"] == "refuse":
-            return web.Response(status=503, text="too busy")
+            return web.Response(status=503, body=b"too \xff\nbusy")
+        if body["prompt"] == "elsewhere":
+            raise web.HTTPTemporaryRedirect("http://127.0.0.1:1/")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         self.running += 1
@@ -174,6 +176,8 @@ def test_every_kind_of_failure_is_accounted_for():
             await send(response, {"error": {"message": "out of\nmemory"}})
         elif body["prompt"] == "garbage":
             await send(response, "{not json")
+        elif body["prompt"] == "bytes":
+            await response.write(b'data: {"choices": [{"text": "\xff"}]}\n\n')
         elif body["prompt"] == "long":
             await response.write(b"data: " + b"x" * (3 << 20))
         elif body["prompt"] == "hang":
@@ -181,14 +185,16 @@ def test_every_kind_of_failure_is_accounted_for():
         else:
             await whole(body, response)
 
-    names = ["fine", "cut", "drop", "error", "garbage", "long", "hang", "refuse"]
+    names = ["fine", "cut", "drop", "error", "garbage", "long", "hang", "refuse", "elsewhere", "bytes"]
     traces = dict(zip(names, Server(fails).load(names, timeout=2.0), strict=True))
     assert [name for name, trace in traces.items() if trace.ok] == ["fine"]
     assert traces["cut"].error == "the stream ended before the completion did"
     assert traces["error"].error == "error in the stream: out of memory"
     assert "JSON" in traces["garbage"].error
     assert traces["hang"].error == "no answer within 2 s"
-    assert traces["refuse"].error == "HTTP 503: too busy"
+    assert traces["refuse"].error == "HTTP 503: too � busy"
+    assert traces["elsewhere"].error.startswith("HTTP 307")
+    assert "JSON" in traces["bytes"].error
     assert all("\n" not in trace.error for name, trace in traces.items() if name != "fine")
     assert all(trace.finished > trace.sent for trace in traces.values())
 
@@ -256,7 +262,9 @@ def test_the_base_url_may_end_in_v1():
     }
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://", "http://user:pass@h"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://h", "http://", "http://user:pass@h", "http://h:x", "http://h:99999", "http://[::1"]
+)
 def test_a_base_url_of_another_form_is_refused(url):
     with pytest.raises(InputError, match="--base-url"):
         Target(url, "m")
