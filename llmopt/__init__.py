@@ -1,5 +1,6 @@
 """llmopt: make language-model inference cheap, and prove that nothing was broken."""
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +13,16 @@ _EXPORTS = {
 }
 
 __all__ = ["LLM", "SamplingParams", "__version__", "evaluate", "quantize"]
+
+
+def quiet_barriers() -> None:
+    """Let OpenMP's threads sleep at barriers unless the environment says otherwise; must be called before torch loads.
+
+    They spin by default. Beside other busy processes the partner they wait for is often not scheduled, and work then
+    takes ten times as long; sleeping costs microseconds. A library must not decide this for its host's process, so
+    only llmopt's own processes call it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __getattr__(name: str) -> Any:

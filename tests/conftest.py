@@ -4,7 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+
+from llmopt import quiet_barriers
+
+quiet_barriers()  # tests run side by side
+import torch  # noqa: E402
 
 torch.set_num_threads(2)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from llmopt import quiet_barriers
 from llmopt.cli import console
 
 MODEL = "smollm2"
@@ -25,6 +26,7 @@ PROMPT, OUTPUT_TOKENS = 128, 32
 
 
 def main() -> None:
+    quiet_barriers()
     started = time.monotonic()
     rows = [_measure(MODEL, "original")]
     for label, options in ARTIFACTS.items():

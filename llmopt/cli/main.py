@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from llmopt import quiet_barriers
 from llmopt.cli import bench, eval, quantize, serve
 from llmopt.errors import LlmoptError
 
@@ -35,6 +36,7 @@ def version(show: bool = typer.Option(False, "--version", help="Print the versio
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 a gate failed, 2 wrong usage or input, 3 it could not be done,
     4 a gate is inconclusive."""
+    quiet_barriers()
     try:
         app()
     except LlmoptError as error:

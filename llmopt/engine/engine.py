@@ -1,6 +1,7 @@
 """The loop that all of llmopt runs on: schedule, compute, sample, give out."""
 
 import random
+from collections.abc import Sequence
 
 from llmopt.engine.batch import build_batch
 from llmopt.engine.block_pool import BlockPool
@@ -51,6 +52,7 @@ class Engine:
         if params.n != 1:
             raise InputError("the engine generates one completion a request; add one request for each")
         self.check_prompt(prompt)
+        self._check_tokens(params.stop_token_ids, "stop_token_ids")
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         request = Request(request_id, prompt, params, seed)
         self._generations[request_id] = Generation(request, self.tokenizer, self.max_model_len)
@@ -64,9 +66,7 @@ class Engine:
             raise InputError(
                 f"the prompt has {len(prompt)} tokens; prompt and output together may have {self.max_model_len}"
             )
-        vocabulary = self.model_config.vocab_size
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise InputError(f"the prompt holds a token outside the vocabulary of 0 to {vocabulary - 1}")
+        self._check_tokens(prompt, "the prompt")
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks; one that has already ended is no matter."""
@@ -112,6 +112,11 @@ class Engine:
         """Raise LlmoptError unless every cache block is either free or in exactly one request's table."""
         self.scheduler.check()
 
+    def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
+        last = self.model_config.vocab_size - 1
+        if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
+            raise InputError(f"{what} holds a token outside the vocabulary of 0 to {last}")
+
     def _finish(self, request: Request) -> None:
         del self._generations[request.id]
         self.scheduler.remove(request)
@@ -119,8 +124,16 @@ class Engine:
 
 
 def _advised_sampling(generation_config: dict) -> dict[str, float]:
-    """The sampling parameters that a model's makers advise, as far as they are parameters here."""
+    """The sampling parameters that a model's makers advise, as far as they are parameters here.
+
+    Raises InputError where they make no sense.
+    """
     if generation_config.get("do_sample") is False:
         return {}
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    advised = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    try:
+        SamplingParams(**advised)
+    except (InputError, TypeError) as error:
+        raise InputError(f"the model's generation_config.json: {error}") from None
+    return advised

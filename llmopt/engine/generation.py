@@ -14,16 +14,16 @@ class Generation:
         params = request.params
         room = max_model_len - request.prompt_length
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        self.end_ids = frozenset() if params.ignore_eos else tokenizer.eos_ids
+        self.end_ids: frozenset[int] = frozenset() if params.ignore_eos else tokenizer.eos_ids
         self.detokenizer = Detokenizer(tokenizer, params)
 
     def advance(self, token_id: int, logprobs: TokenLogprobs | None) -> Delta:
         """Append a sampled token."""
         request = self.request
         request.tokens.append(token_id)
+        stop_reason: str | int | None
         reason, stop_reason = self._end_by_token(token_id)
-        ended_by_token = reason == "stop"
-        if ended_by_token and not (request.params.include_stop_str_in_output and stop_reason is not None):
+        if reason == "stop" and not (request.params.include_stop_str_in_output and stop_reason is not None):
             text = ""  # the token that ends a text is not part of it
         else:
             text = self.detokenizer.add(token_id, request.output_length >= request.params.min_tokens)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
@@ -32,16 +32,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as tokens; the results come in the order of the prompts.
 
-        `params` are for all prompts or one for each; `on_step` is told the number of steps so far after each. Raises InputError for a prompt that the model cannot take; then
-        nothing has been generated.
+        `params` are for all prompts or one for each; `on_step` is told the number of steps so far.
+        Raises InputError for a prompt that the model cannot take; then nothing has been generated.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        several = cast("list[Prompt]", [prompts] if one else list(prompts))
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(several)
         tokenizer = self.engine.tokenizer
         results = []
-        for prompt in prompts:
-            text, tokens = (prompt, tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+        for prompt in several:
+            text, tokens = (prompt, tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
             self.engine.check_prompt(tokens)
             self._requests += 1
             results.append(RequestOutput(str(self._requests), text, tokens, []))
@@ -54,9 +54,7 @@ class LLM:
         """The model's answer to a conversation of {"role", "content"} messages."""
         return self.generate(self.engine.tokenizer.encode_chat(messages, **variables), params)[0]
 
-    def _run(
-        self, work: Iterable[tuple[RequestOutput, SamplingParams]], on_step: Callable[[int], None] | None
-    ) -> None:
+    def _run(self, work: Iterable[tuple[RequestOutput, SamplingParams]], on_step: Callable[[int], None] | None) -> None:
         completions: dict[str, CompletionOutput] = {}
         for result, params in work:
             for index in range(params.n):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from llmopt.errors import InputError
 
 MAX_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-5  # as in vLLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,8 @@ class SamplingParams:
 
     Penalties are applied to the logits first (repetition: Keskar et al. 2019, arXiv:1909.05858; presence and frequency
     as in OpenAI's API), then temperature, then top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and min-p
-    (Nguyen et al. 2024, arXiv:2407.01082). A temperature of 0 is greedy.
+    (Nguyen et al. 2024, arXiv:2407.01082). A temperature of 0 is greedy, and so
+    is one so near to it that dividing by it overflows.
 
     Attributes:
         n: completions for each prompt.
@@ -68,7 +70,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:

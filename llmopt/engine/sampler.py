@@ -134,7 +134,9 @@ class _LogprobReport:
         ranks = (self.logprobs >= chosen).sum(-1).tolist()
         most = max(count or 0 for count in self.wanted)
         values, ids = self.logprobs.topk(most, dim=-1)
-        rows = zip(self.wanted, tokens.tolist(), chosen[:, 0].tolist(), ranks, ids.tolist(), values.tolist(), strict=True)
+        rows = zip(
+            self.wanted, tokens.tolist(), chosen[:, 0].tolist(), ranks, ids.tolist(), values.tolist(), strict=True
+        )
         return [
             None if count is None else TokenLogprobs(token, logprob, rank, list(zip(ids, values, strict=True))[:count])
             for count, token, logprob, rank, ids, values in rows

@@ -105,7 +105,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def config_from_gguf(metadata: Mapping[str, Any], where: str, tied: bool, rope_factors: list[float] | None) -> ModelConfig:
+def config_from_gguf(
+    metadata: Mapping[str, Any], where: str, tied: bool, rope_factors: list[float] | None
+) -> ModelConfig:
     """Read a GGUF header. `rope_factors` is the content of its `rope_freqs` tensor, where it has one."""
     name = metadata.get("general.architecture")
     known = {a.gguf_name: a for a in reversed(ARCHITECTURES.values())}

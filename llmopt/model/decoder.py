@@ -118,4 +118,3 @@ class PagedAttention:
         cache = self.caches[layer]
         self.backend.write_kv(cache, keys, values, self.batch)
         return self.backend.attend(queries, cache, self.batch, self.scale, self.config.windows[layer])
-

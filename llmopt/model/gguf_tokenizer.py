@@ -44,7 +44,7 @@ _COMPOSED = {"qwen2", "deepseek-r1-qwen"}  # these normalise to NFC
 
 
 def build_encoder(metadata: Mapping[str, Any], where: str) -> Tokenizer:
-    """The encoder that a GGUF header describes. Raises InputError for a kind that is not known, naming those that are."""
+    """The encoder that a GGUF header describes. Raises InputError for an unknown kind, naming those that are known."""
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise InputError(f"{where} holds no tokenizer")
@@ -118,9 +118,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], where: str) -
     prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
     encoder.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    encoder.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    encoder.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return encoder
 
 
@@ -142,7 +140,9 @@ def describe_encoder(encoder: Tokenizer, vocab_size: int) -> dict[str, Any]:
         if tuple(known) == patterns and (name in _COMPOSED) == composed and (name in _WHOLE_WORDS_FIRST) == whole_words
     ]
     if not names:
-        raise InputError("the tokenizer splits words in a way that has no name in GGUF; it would tokenize wrongly there")
+        raise InputError(
+            "the tokenizer splits words in a way that has no name in GGUF; it would tokenize wrongly there"
+        )
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, i in encoder.get_vocab(with_added_tokens=True).items():
@@ -161,7 +161,7 @@ def describe_encoder(encoder: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _patterns(pre_tokenizer: Mapping[str, Any] | None) -> list[str]:
-    """The patterns by which a pre-tokenizer splits, in the spelling of PRE_TOKENIZERS; [""] where it has another kind."""
+    """The patterns by which a pre-tokenizer splits, as in PRE_TOKENIZERS; [""] where it is of another kind."""
     if pre_tokenizer is None:
         return [""]
     kind = pre_tokenizer["type"]

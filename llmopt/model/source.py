@@ -125,7 +125,7 @@ class FolderSource(ModelSource):
         return name in self._names or self._is_quantized(name)
 
     def weight(self, name: str) -> Weight:
-        if self._is_quantized(name):
+        if self._format is not None and self._is_quantized(name):
             return self._format.decode(name.removesuffix(".weight"), self.checkpoint.load)
         if name not in self._names:
             raise InputError(f"{self.path} holds no tensor {name}, which its config calls for")
@@ -138,7 +138,7 @@ class FolderSource(ModelSource):
         return self._format is not None and self._format.holds(name.removesuffix(".weight"), self._names)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
+    def tokenizer(self) -> Tokenizer:
         return tokenizer_from_folder(self.path)
 
     @property
@@ -183,7 +183,7 @@ class GGUFSource(ModelSource):
         return weight if heads is None else gguf_names.pairs_to_halves(weight, heads)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
+    def tokenizer(self) -> Tokenizer:
         return tokenizer_from_gguf(self.file)
 
     @property

@@ -26,7 +26,12 @@ class Tokenizer:
     """
 
     def __init__(
-        self, encoder: Encoder, eos_ids: Sequence[int], bos_id: int | None, pad_id: int | None, chat_template: str | None
+        self,
+        encoder: Encoder,
+        eos_ids: Sequence[int],
+        bos_id: int | None,
+        pad_id: int | None,
+        chat_template: str | None,
     ) -> None:
         self.encoder = encoder
         self.encoder.no_truncation()
@@ -121,7 +126,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The content of a JSON file; `default` where there is no such file. Raises InputError where it is no JSON object."""
+    """The object in a JSON file; `default` where there is no such file. Raises InputError where it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from llmopt.backend.base import Backend, Linear
 from llmopt.backend.reference import causal_mask
-from llmopt.engine.config import EngineConfig
 from llmopt.engine.llm import LLM
 from llmopt.engine.params import SamplingParams
 from llmopt.errors import InputError

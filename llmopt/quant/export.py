@@ -124,9 +124,7 @@ class GGUFExporter(Exporter):
     def __init__(self, recipe: Recipe, source: ModelSource, file: Any) -> None:
         self.config = source.config
         self.architecture = ARCHITECTURES[source.config.architecture]
-        self.types = {
-            name: _gguf_type(recipe, name, shape) for name, shape in parameter_order(source).items()
-        }
+        self.types = {name: _gguf_type(recipe, name, shape) for name, shape in parameter_order(source).items()}
         tensors = [
             (gguf_names.to_gguf(name), shape, self.types[name]) for name, shape in parameter_order(source).items()
         ]

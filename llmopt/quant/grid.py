@@ -1,5 +1,6 @@
 """Scales and zero points: which values the codes of a group stand for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,24 +63,26 @@ def fit_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, s
     return Grid(scale, zero, (1 << scheme.bits) - 1)
 
 
+def best_of(candidates: Iterable[tuple[Grid, Tensor]]) -> Grid:
+    """For each group the grid of the least loss [out, groups] among candidates; the first of equals."""
+    (best, least), *others = candidates
+    for grid, loss in others:
+        better = loss < least
+        least = torch.where(better, loss, least)
+        scale, zero = torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero)
+        best = Grid(scale, zero, best.largest_code)
+    return best
+
+
 def _fit_rows(weight: Tensor, scheme: Scheme, importance: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
     largest_code = (1 << scheme.bits) - 1
-    best_loss = best_scale = best_zero = None
+    candidates = []
     for step in range(steps):
-        shrink = 1 - 0.5 * step / steps
-        grid = Grid(*_cover(weight, scheme, shrink), largest_code)
-        if steps == 1:
-            return grid.scale, grid.zero
+        grid = Grid(*_cover(weight, scheme, shrink=1 - 0.5 * step / steps), largest_code)
         error = (grid.values(grid.codes(weight)) - weight).square()
-        loss = (error if importance is None else error * importance).sum(-1)
-        if best_loss is None:
-            best_loss, best_scale, best_zero = loss, grid.scale, grid.zero
-            continue
-        better = loss < best_loss
-        best_loss = torch.where(better, loss, best_loss)
-        best_scale = torch.where(better, grid.scale, best_scale)
-        best_zero = torch.where(better, grid.zero, best_zero)
-    return best_scale, best_zero
+        candidates.append((grid, (error if importance is None else error * importance).sum(-1)))
+    best = best_of(candidates)
+    return best.scale, best.zero
 
 
 def _cover(weight: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ Started as `python -m llmopt.serve.engine_process FD`, where FD is the inherited
 """
 
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llmopt import quiet_barriers
 from llmopt.errors import InputError, LlmoptError
 from llmopt.serve.log import configure_logging
 from llmopt.serve.protocol import Abort, Add, Configure, Deltas, EngineSocket, Failed, Ready, Rejected, ToEngine, frame
@@ -23,9 +23,6 @@ if TYPE_CHECKING:  # the API process imports this file to start the engine, and 
 logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 1.0
-# OpenMP's threads spin at barriers by default. Beside other processes, such as our own API's, the partner they wait
-# for is often not scheduled, and a step then takes ten times as long; sleeping costs microseconds.
-_QUIET_BARRIERS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @contextmanager
@@ -42,7 +39,6 @@ def engine_process(configure: Configure) -> Iterator[tuple[subprocess.Popen, soc
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             process_group=0,
-            env=_QUIET_BARRIERS | os.environ,
         )
         theirs.close()
         try:
@@ -58,6 +54,7 @@ def engine_process(configure: Configure) -> Iterator[tuple[subprocess.Popen, soc
 
 
 def main() -> None:
+    quiet_barriers()
     for number in (signal.SIGINT, signal.SIGTERM):  # service managers signal every process; the API process decides
         signal.signal(number, signal.SIG_IGN)
     connection = EngineSocket(socket.socket(fileno=int(sys.argv[1])))

@@ -48,7 +48,9 @@ def test_artifact_is_complete_and_close_to_the_original(family: str, kind: str, 
     result = quantize(str(folder), str(output), **options(kind))
     tokens = list(range(3, 60))
     truth, found = logits(folder, tokens), logits(output, tokens)
-    divergence = torch.nn.functional.kl_div(found.log_softmax(-1), truth.log_softmax(-1), log_target=True, reduction="sum")
+    divergence = torch.nn.functional.kl_div(
+        found.log_softmax(-1), truth.log_softmax(-1), log_target=True, reduction="sum"
+    )
     divergence /= len(tokens)
     fine = kind in ("f16.gguf", "q8_0.gguf", "w8a16", "w8a8")
     assert divergence < (0.02 if fine else 0.6), f"KL {divergence:.4f}"

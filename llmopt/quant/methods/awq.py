@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmopt.model.decoder import LINEAR_GROUPS
-from llmopt.quant.grid import Grid, fit_grid, grouped
+from llmopt.quant.grid import Grid, best_of, fit_grid, grouped
 from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, ModuleReport, relative_error
 from llmopt.quant.methods.rtn import round_to_nearest
 from llmopt.weights.scheme import Scheme
@@ -48,8 +48,8 @@ class AWQ(Method):
                 scaled[absorber] = scaled[absorber] / (scales[:, None] if scaled[absorber].dim() == 2 else scales)
             grams[fold.group] = grams[fold.group] / scales / scales[:, None]
         result = LayerResult(dict(scaled))
-        for group, members in LINEAR_GROUPS.items():
-            for module in members:
+        for group, modules in LINEAR_GROUPS.items():
+            for module in modules:
                 if module in skip:
                     continue
                 weight = scaled[f"{module}.weight"]
@@ -102,21 +102,12 @@ def _search_clip(weight: Tensor, scheme: Scheme, gram: Tensor) -> Grid:
     groups = grouped(weight, scheme)
     size = groups.shape[2]
     own = torch.stack([gram[i : i + size, i : i + size] for i in range(0, gram.shape[0], size)])  # [groups, n, n]
-    best_loss = best = None
+    candidates = []
     for step in range(CLIP_STEPS):
         clip = 1 - (1 - LEAST_CLIP) * step / CLIP_STEPS
         low, high = groups.amin(-1, keepdim=True) * clip, groups.amax(-1, keepdim=True) * clip
         clipped = groups.clamp(low, high)
         grid = fit_grid(clipped, scheme)
         difference = grid.values(grid.codes(clipped)) - groups
-        loss = (torch.einsum("ogi,gij->ogj", difference, own) * difference).sum(-1)
-        if best_loss is None:
-            best_loss, best = loss, grid
-            continue
-        better = loss < best_loss
-        best_loss = torch.where(better, loss, best_loss)
-        best = Grid(
-            torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), grid.largest_code
-        )
-    return best
-
+        candidates.append((grid, (torch.einsum("ogi,gij->ogj", difference, own) * difference).sum(-1)))
+    return best_of(candidates)

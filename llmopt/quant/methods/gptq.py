@@ -131,9 +131,7 @@ def _round_columns(
     return codes, Grid(scale, zero, grids[0].largest_code)
 
 
-def _current_group(
-    weight: Tensor, factor: Tensor, errors: Tensor, start: int, column: int, group_size: int
-) -> Tensor:
+def _current_group(weight: Tensor, factor: Tensor, errors: Tensor, start: int, column: int, group_size: int) -> Tensor:
     """The group that begins at `column`, [out, 1, group size], with this block's errors taken into account."""
     group = slice(column, column + group_size)
     stop = min(start + BLOCK, weight.shape[1])
