@@ -14,7 +14,7 @@ from llmopt.cli import console
 
 MODEL = "smollm2"
 OUTPUT = Path("out")
-CALIBRATION = {"calibration": "builtin", "samples": 16, "seq_len": 512}
+CALIBRATION = {"calibration": "builtin", "samples": 8, "seq_len": 512}
 ARTIFACTS: dict[str, dict[str, Any]] = {
     "GPTQ 4-bit": {"output": "demo-gptq", "method": "gptq", "scheme": "w4a16", "group_size": 64, **CALIBRATION},
     "AWQ 4-bit": {"output": "demo-awq", "method": "awq", "scheme": "w4a16-asym", "group_size": 64, **CALIBRATION},

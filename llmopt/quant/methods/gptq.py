@@ -90,53 +90,60 @@ def gptq(weight: Tensor, gram: Tensor, scheme: Scheme, damping: float, desc_act:
         grid = fit_grid(grouped(weight, scheme), scheme, importance, GRID_STEPS)
     hessian = hessian[order][:, order]
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    codes, grid = _round_columns(weight[:, order], factor, column_group, scheme, grid, importance)
+    codes, grid = _round_inputs(
+        weight.T[order].contiguous(), _inverse_factor(hessian), column_group, scheme, grid, importance
+    )
     inverse = order.argsort()
     group_index = column_group[inverse].int() if desc_act else None
-    return from_codes(codes[:, inverse], grid, scheme, group_index)
+    return from_codes(codes[inverse].T, grid, scheme, group_index)
 
 
-def _round_columns(
-    weight: Tensor, factor: Tensor, column_group: Tensor, scheme: Scheme, fixed: Grid | None, importance: Tensor
-) -> tuple[Tensor, Grid]:
-    """The loop of the paper over columns that are already in order; codes float32 [out, in] and their grid.
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper triangular U with Uᵀ U = H⁻¹, without forming the inverse.
 
-    `factor` is the upper Cholesky factor of the inverse Hessian. Without a fixed grid each group's is fitted when its
-    first column comes, to the weights as they are by then.
+    Read backwards, H has a Cholesky factor that is upper triangular, H = R Rᵀ; its inverse is U. Raises
+    torch.linalg.LinAlgError where H is not positive definite.
     """
-    weight = weight.clone()
+    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(hessian)), upper=True)
+
+
+def _round_inputs(
+    weight: Tensor, factor: Tensor, input_group: Tensor, scheme: Scheme, fixed: Grid | None, importance: Tensor
+) -> tuple[Tensor, Grid]:
+    """The loop of the paper over inputs that are already in order; codes float32 [in, out] and their grid.
+
+    The weight is [in, out], so that the outputs of one input lie side by side. `factor` is that of
+    `_inverse_factor`. Without a fixed grid each group's is fitted when its first input comes, to the weights as they
+    are by then.
+    """
+    inputs, outputs = weight.shape
     codes = torch.empty_like(weight)
-    grids: list[Grid] = []
-    group_size = group_size_of(scheme, weight.shape[1])
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[1])
-        errors = torch.empty(weight.shape[0], stop - start)
-        for column in range(start, stop):
-            if fixed is not None:
-                grid = fixed.select(column_group[column : column + 1])
-            elif column % group_size == 0:
-                current = _current_group(weight, factor, errors, start, column, group_size)
-                grids.append(fit_grid(current, scheme, importance[column // group_size, None], GRID_STEPS))
-                grid = grids[-1]
-            value = weight[:, column : column + 1]
-            codes[:, column : column + 1] = grid.codes(value)
-            error = (value - grid.values(codes[:, column : column + 1])) / factor[column, column]
-            weight[:, column + 1 : stop].addmm_(error, factor[column, None, column + 1 : stop], alpha=-1)
-            errors[:, column - start] = error[:, 0]
-        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    if fixed is not None:
-        return codes, fixed
-    scale, zero = torch.cat([g.scale for g in grids], 1), torch.cat([g.zero for g in grids], 1)
-    return codes, Grid(scale, zero, grids[0].largest_code)
+    group_size = group_size_of(scheme, inputs)
+    scale, zero = (fixed.scale.T, fixed.zero.T) if fixed is not None else torch.empty(2, inputs // group_size, outputs)
+    scale, zero, largest_code = scale.contiguous(), zero.contiguous(), (1 << scheme.bits) - 1
+    groups = input_group.tolist()
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        errors = torch.empty(stop - start, outputs)
+        for i in range(start, stop):
+            group = groups[i]
+            if fixed is None and i % group_size == 0:
+                current = _current_group(weight, factor, errors, start, i, group_size)
+                fitted = fit_grid(current, scheme, importance[group, None], GRID_STEPS)
+                scale[group], zero[group] = fitted.scale[:, 0], fitted.zero[:, 0]
+            torch.addcdiv(zero[group], weight[i], scale[group], out=codes[i]).round_().clamp_(0, largest_code)
+            value = (codes[i] - zero[group]).mul_(scale[group])
+            torch.sub(weight[i], value, out=errors[i - start]).div_(factor[i, i])
+            weight[i + 1 : stop].addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes, Grid(scale.T.contiguous(), zero.T.contiguous(), largest_code)
 
 
-def _current_group(weight: Tensor, factor: Tensor, errors: Tensor, start: int, column: int, group_size: int) -> Tensor:
-    """The group that begins at `column`, [out, 1, group size], with this block's errors taken into account."""
-    group = slice(column, column + group_size)
-    stop = min(start + BLOCK, weight.shape[1])
-    current = weight[:, group].clone()
-    if column + group_size > stop and column > start:  # the part beyond the block has not been brought up to date
-        beyond = slice(stop, column + group_size)
-        current[:, stop - column :] -= errors[:, : column - start] @ factor[start:column, beyond]
-    return current[:, None]
+def _current_group(weight: Tensor, factor: Tensor, errors: Tensor, start: int, first: int, group_size: int) -> Tensor:
+    """The group that begins with input `first`, [out, 1, group size], with this block's errors taken into account."""
+    current = weight[first : first + group_size].clone()
+    stop = min(start + BLOCK, len(weight))
+    if first + group_size > stop and first > start:  # the part beyond the block has not been brought up to date
+        current[stop - first :] -= factor[start:first, stop : first + group_size].T @ errors[: first - start]
+    return current.T[:, None]
