@@ -46,7 +46,7 @@ class CpuLinear(Linear):
 
 
 class CpuBackend(ReferenceBackend):
-    """The reference with compiled products of quantized weights. Activations are float32.
+    """The reference with compiled products of quantized weights. Activations are float32; dense weights stay torch's.
 
     Its threads and torch's take turns: a kernel has returned before torch goes on.
     """
@@ -72,11 +72,13 @@ class CpuBackend(ReferenceBackend):
 
     def _pack_part(self, pieces: list[tuple[Weight, Tensor | None]]) -> PackedWeight | Linear:
         weights, biases = [weight for weight, _ in pieces], [bias for _, bias in pieces]
-        reason = why_not(weights[0])
+        quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+        if not quantized:
+            return super().pack(weights, biases)
+        reason = why_not(quantized[0])
         if reason is not None:
             self._warn_once(reason)
             return super().pack(weights, biases)
-        quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
         return packed(quantized, self.join_biases(weights, biases))
 
     def _warn_once(self, reason: str) -> None:
@@ -122,10 +124,8 @@ def same_kind(a: Weight, b: Weight) -> bool:
     return kinds[0] == kinds[1] and torch.equal(a.group_index, b.group_index)
 
 
-def why_not(weight: Weight) -> str | None:
+def why_not(weight: QuantizedTensor) -> str | None:
     """What about this weight the kernels cannot do, or None."""
-    if isinstance(weight, Tensor):
-        return "dense weights are left to torch"
     if weight.activation_bits is not None:
         if weight.activation_bits != 8:
             return f"activations are rounded to 8 bits only, not {weight.activation_bits}"

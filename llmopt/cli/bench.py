@@ -118,22 +118,14 @@ def bench(
     if (model is None) == (base_url is None):
         raise InputError("give either MODEL, to measure it in this process, or --base-url URL, to measure a server")
     if base_url is None:
-        _refuse(context, _OF_A_SERVER, "--base-url")
+        console.refuse(context, _OF_A_SERVER, "--base-url")
         result = _bench_here(options)
         _show_runs(result, json_file)
     else:
-        _refuse(context, _GRID + _ENGINE, "MODEL, without --base-url")
+        console.refuse(context, _GRID + _ENGINE, "MODEL, without --base-url")
         result = _bench_there(options)
         _show_load(result, json_file)
     console.write_json(result, json_file)
-
-
-def _refuse(context: typer.Context, names: tuple[str, ...], needs: str) -> None:
-    """Raise InputError for an option that was given and would do nothing."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"{parameter.opts[0]} only goes with {needs}")
 
 
 def _numbers(flag: str, words: list[str] | None, default: int) -> list[int]:

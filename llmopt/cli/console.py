@@ -2,11 +2,12 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -35,21 +36,25 @@ def write_json(result: dict[str, Any], json_file: str | None) -> None:
         raise InputError(f"cannot write {json_file}: {error.strerror}") from None
 
 
+def refuse(context: typer.Context, names: Collection[str], needs: str) -> None:
+    """Raise InputError for an option that was given and would do nothing."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{parameter.opts[0]} only goes with {needs}")
+
+
 @contextmanager
 def progress_bar() -> Iterator[progress_type.Progress]:
     """A progress bar with the time left, on standard error; it leaves nothing behind when it ends."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        current = ""
 
         def show(phase: str, done: int, total: int) -> None:
-            nonlocal current
-            if phase != current:
-                current = phase
-                bar.reset(task, description=phase, total=total, completed=done)
-            else:
-                bar.update(task, completed=done, total=total)
+            if done == 0:  # a new phase: its time left is not that of the one before
+                bar.reset(task, total=total)
+            bar.update(task, description=phase, completed=done, total=total)
 
         yield show

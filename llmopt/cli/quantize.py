@@ -11,6 +11,7 @@ EXAMPLE = (
 
 
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A checkpoint's folder, a .gguf file, a hub id, or smollm2.")],
     output: Annotated[str, typer.Option("--output", "-o", help="A folder, or FILE.gguf for the gguf format.")],
     method: Annotated[str, typer.Option(help="rtn, gptq or awq.")] = "gptq",
@@ -51,6 +52,10 @@ def quantize(
     from llmopt.cli import console
     from llmopt.quant.pipeline import quantize as run
 
+    if method == "rtn":
+        console.refuse(context, ("calibration", "samples", "seq_len"), "methods that calibrate: gptq and awq")
+    if method != "gptq":
+        console.refuse(context, ("damp", "desc_act"), "--method gptq")
     with console.progress_bar() as progress:
         result = run(
             model,

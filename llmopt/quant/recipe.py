@@ -83,7 +83,8 @@ def resolve(
         chosen = chosen.with_group_size(group_size)
     widths = {shape[1] for shape in config.layer_shapes().values() if len(shape) == 2}
     chosen = chosen.for_widths(widths)
-    _check_numbers(samples, seq_len, damping, config)
+    if method != "rtn":
+        _check_calibration(samples, seq_len, damping, config)
     for pattern in ignore:
         _check_pattern(pattern)
     return Recipe(
@@ -123,7 +124,7 @@ def _default_format(method: str, scheme: Scheme, output: str) -> str:
     return "gguf" if scheme.gguf_type or Path(output).suffix == ".gguf" else _HOME_FORMAT[method]
 
 
-def _check_numbers(samples: int, seq_len: int, damping: float, config: ModelConfig) -> None:
+def _check_calibration(samples: int, seq_len: int, damping: float, config: ModelConfig) -> None:
     if samples < 1:
         raise InputError(f"--samples must be at least 1, not {samples}")
     if not 8 <= seq_len <= config.max_position:

@@ -225,7 +225,6 @@ def test_groups_of_unequal_size():
 @pytest.mark.parametrize(
     ("weight", "word"),
     [
-        (torch.randn(8, 64), "dense"),
         (random_weight(8, 2, 32, 8, activation_bits=8), "one scale a row"),
         (random_weight(8, 1, 64, 8, activation_bits=8, symmetric=False), "symmetric"),
         (unequal_groups([61, 1, 1, 1]), "unequal"),
@@ -239,6 +238,11 @@ def test_what_the_kernels_cannot_do_goes_to_the_reference_with_one_warning(weigh
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert word in messages[0]
+
+
+def test_dense_weights_are_torchs_without_a_word(caplog):
+    check_same(cpu.CpuBackend(1), [torch.randn(8, 64), torch.randn(5, 64)], [None, None], activations(2, 64))
+    assert not caplog.records
 
 
 def test_activations_may_lie_anywhere():
