@@ -7,6 +7,7 @@ the network, so that every formula can be checked by hand.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import cleandoc
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -168,5 +169,7 @@ def meanings() -> dict[str, str]:
 
 
 def share_out(tokens: int, chunks: int) -> list[int]:
-    """Tokens spread over chunks as evenly as whole numbers allow, for a server that says only their sum."""
-    return [tokens * (i + 1) // chunks - tokens * i // chunks for i in range(chunks)]
+    """Tokens spread over chunks as evenly as whole numbers allow, for a server that says only their sum. The first
+    chunk never has less than another, so that it is the one that TTFT ends with."""
+    edges = [-(-tokens * i // chunks) for i in range(chunks + 1)]
+    return [after - before for before, after in pairwise(edges)]

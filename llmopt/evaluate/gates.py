@@ -105,8 +105,9 @@ def read_gates(path: str | Path) -> Gates:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
-    first = error.errors(include_url=False)[0]
+    """What is wrong, in one line: an unknown key before all else, because it is often why another seems missing."""
+    found = error.errors(include_url=False)
+    first = next((wrong for wrong in found if wrong["type"] == "extra_forbidden"), found[0])
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = list(Gate.model_fields if len(first["loc"]) > 1 else Gates.model_fields)
