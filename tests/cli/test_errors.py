@@ -15,6 +15,7 @@ def run(monkeypatch, capsys):
 
     def call(*words: str) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["llmopt", *words])
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
         return int(ended.value.code or 0), capsys.readouterr().err
