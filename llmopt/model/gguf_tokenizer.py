@@ -43,6 +43,16 @@ _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "tekken"}  # a word tha
 _COMPOSED = {"qwen2", "deepseek-r1-qwen"}  # these normalise to NFC
 
 
+EOS_IDS = "llmopt.eos_token_ids"
+"""The key of a header that lists every end token; GGUF's own keys have room for two."""
+
+
+def gguf_eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The end tokens of a GGUF header: those that llmopt listed there, else its eos and eot."""
+    ends = metadata.get(EOS_IDS) or [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+
 def build_encoder(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The encoder that a GGUF header describes. Raises InputError for an unknown kind, naming those that are known."""
     tokens = metadata.get("tokenizer.ggml.tokens")

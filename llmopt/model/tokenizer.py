@@ -98,10 +98,9 @@ def load_tokenizer(model: str) -> Tokenizer:
 def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     """The tokenizer in a GGUF header."""
     metadata = file.metadata
-    ends = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
     return Tokenizer(
         gguf_tokenizer.build_encoder(metadata, str(file.path)),
-        eos_ids=[end for end in ends if end is not None],
+        eos_ids=gguf_tokenizer.gguf_eos_ids(metadata),
         bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
         pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
         chat_template=metadata.get("tokenizer.chat_template"),
