@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.backend.base import Backend, KVCache, Linear, PagedBatch
+from llmopt.errors import InputError
 from llmopt.weights.quantized import QuantizedTensor, Weight
+
+PADDING = 64  # tokens of padding that cost less than another call
 
 
 class ReferenceLinear(Linear):
@@ -41,7 +44,7 @@ class ReferenceBackend(Backend):
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
         activation_bits = {w.activation_bits if isinstance(w, QuantizedTensor) else None for w in weights}
         if len(activation_bits) > 1:
-            raise ValueError(f"weights that round activations to {activation_bits} bits cannot share an input")
+            raise InputError("some weights that share an input round it to 8 bits and some do not; all or none must")
         dense = [w.dequantize(self.dtype) if isinstance(w, QuantizedTensor) else w.to(self.dtype) for w in weights]
         matrix = dense[0] if len(dense) == 1 else torch.cat(dense)
         return ReferenceLinear(matrix.to(self.device), self.join_biases(weights, biases), activation_bits.pop())
@@ -83,12 +86,11 @@ class ReferenceBackend(Backend):
         result = torch.empty_like(queries)
         starts = batch.query_starts
         single = [s for s in range(len(starts) - 1) if starts[s + 1] - starts[s] == 1]
-        if len(single) > 1:
-            rows = torch.tensor([starts[s] for s in single], device=queries.device)
-            result[rows] = self._attend_single(queries[rows], cache, batch, single, scale, window)
-        else:
-            single = []
-        for s in set(range(len(starts) - 1)).difference(single):
+        together = _alike(single, batch.context_lens.tolist())
+        for run in together:
+            rows = torch.tensor([starts[s] for s in run], device=queries.device)
+            result[rows] = self._attend_single(queries[rows], cache, batch, run, scale, window)
+        for s in set(range(len(starts) - 1)).difference(*together):
             span = slice(starts[s], starts[s + 1])
             result[span] = self._attend_sequence(queries[span], cache, batch, s, scale, window)
         return result
@@ -125,6 +127,17 @@ class ReferenceBackend(Backend):
             queries.transpose(0, 1)[None], keys[None], values[None], mask, scale=scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
+
+
+def _alike(sequences: list[int], contexts: list[int]) -> list[list[int]]:
+    """Runs of two sequences or more whose contexts differ by less than half, so that padding them wastes little."""
+    runs: list[list[int]] = []
+    for sequence in sorted(sequences, key=contexts.__getitem__):
+        if runs and contexts[sequence] < 2 * contexts[runs[-1][0]] + PADDING:
+            runs[-1].append(sequence)
+        else:
+            runs.append([sequence])
+    return [run for run in runs if len(run) > 1]
 
 
 def causal_mask(queries: int, context: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Which backend runs the model: what was asked for, what this machine has, and why."""
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -30,8 +30,8 @@ def select_backend(name: str, device: str, dtype: str, threads: int | None) -> B
 
     Raises InputError for settings that contradict each other, LlmoptError for what this machine does not have.
     """
-    _check_known(name, device, dtype)
-    place = _find_device(name, device)
+    _check_known(name, dtype)
+    place = find_device(name, device)
     if threads is not None:
         torch.set_num_threads(threads)
     if dtype == "auto":
@@ -60,18 +60,23 @@ def _compiled_backend(name: str) -> Backend:
     return CpuBackend(torch.get_num_threads())
 
 
-def _check_known(name: str, device: str, dtype: str) -> None:
+def _check_known(name: str, dtype: str) -> None:
     for flag, value, known in (
-        ("backend", name, BackendName.__args__),  # type: ignore[attr-defined]
-        ("device", device, DeviceName.__args__),  # type: ignore[attr-defined]
+        ("backend", name, get_args(BackendName)),
         ("dtype", dtype, ("auto", *_DTYPES)),
     ):
         if value not in known:
             raise InputError(f"unknown {flag} {value!r}; known: {', '.join(known)}")
 
 
-def _find_device(name: str, device: str) -> str:
-    """cpu or cuda. Raises LlmoptError where CUDA is asked for and torch sees none."""
+def find_device(name: str, device: str) -> str:
+    """cpu or cuda, for the name of a backend and what was asked for.
+
+    Raises InputError for an unknown device, LlmoptError where CUDA is asked for and torch sees none.
+    """
+    known: tuple[str, ...] = get_args(DeviceName)
+    if device not in known:
+        raise InputError(f"unknown device {device!r}; known: {', '.join(known)}")
     if device == "auto":
         return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

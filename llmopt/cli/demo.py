@@ -28,7 +28,7 @@ PROMPT, OUTPUT_TOKENS = 128, 32
 def main() -> None:
     quiet_barriers()
     started = time.monotonic()
-    rows = [_measure(MODEL, "original (GGUF Q4_1)", None)]
+    rows = [_measure(MODEL, "original, Q4_1", None)]
     for label, options in ARTIFACTS.items():
         rows.append(_measure(_quantize(options), label, MODEL))
     _show(rows)
@@ -83,7 +83,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         )
     console.output(None).print(
         table,
-        "Embedding and head are kept in 16 bits in the first two and INT8, in 8 bits in GGUF; tokens/s is the decoding "
+        "Embedding and head are kept in 16 bits in GPTQ, AWQ and INT8, in 8 bits in GGUF; tokens/s is the decoding "
         "speed of one stream.",
         highlight=False,
     )

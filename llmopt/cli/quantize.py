@@ -42,8 +42,8 @@ def quantize(
     ] = "self",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sample.")] = 512,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda: where calibration runs.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where calibration runs.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
@@ -53,7 +53,9 @@ def quantize(
     from llmopt.quant.pipeline import quantize as run
 
     if method == "rtn":
-        console.refuse(context, ("calibration", "samples", "seq_len"), "methods that calibrate: gptq and awq")
+        console.refuse(
+            context, ("calibration", "samples", "seq_len", "seed", "device"), "methods that calibrate: gptq and awq"
+        )
     if method != "gptq":
         console.refuse(context, ("damp", "desc_act"), "--method gptq")
     with console.progress_bar() as progress:

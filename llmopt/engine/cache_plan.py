@@ -43,6 +43,8 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> 
     else:
         blocks = config.kv_cache_memory_bytes // block_bytes
     capacity = blocks * config.block_size
+    if blocks * block_bytes > psutil.virtual_memory().total:
+        raise InputError(f"a KV cache of {blocks * block_bytes} bytes is more than this machine's memory")
     if capacity < 2:
         raise InputError(f"a KV cache of this size holds no token; give at least {2 * block_bytes} bytes")
     if capacity < length:

@@ -8,6 +8,7 @@ from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.outputs import CompletionOutput, Delta, RequestOutput
 from llmopt.engine.params import SamplingParams
+from llmopt.errors import InputError
 
 Prompt = str | list[int]
 
@@ -38,6 +39,10 @@ class LLM:
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         several = cast("list[Prompt]", [prompts] if one else list(prompts))
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(several)
+        if len(each) != len(several):
+            raise InputError(
+                f"there are {len(several)} prompts and {len(each)} params; give one for each, or one for all"
+            )
         tokenizer = self.engine.tokenizer
         results = []
         for prompt in several:
@@ -56,16 +61,10 @@ class LLM:
 
     def _run(self, work: Iterable[tuple[RequestOutput, SamplingParams]], on_step: Callable[[int], None] | None) -> None:
         completions: dict[str, CompletionOutput] = {}
-        for result, params in work:
-            for index in range(params.n):
-                seed = None if params.seed is None else params.seed + index
-                request_id = f"{result.request_id}-{index}"
-                self.engine.add(request_id, result.prompt_token_ids, replace(params, n=1, seed=seed))
-                completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
-                result.outputs.append(completion)
-                completions[request_id] = completion
         steps = 0
         try:
+            for result, params in work:
+                self._add(result, params, completions)
             while self.engine.has_work:
                 steps += 1
                 for delta in self.engine.step():
@@ -75,6 +74,16 @@ class LLM:
         finally:
             for request_id in completions:  # after Ctrl-C or an error nothing may be left behind
                 self.engine.abort(request_id)
+
+    def _add(self, result: RequestOutput, params: SamplingParams, completions: dict[str, CompletionOutput]) -> None:
+        """One engine request for each of the `n` completions of a prompt, each with a seed of its own."""
+        for index in range(params.n):
+            seed = None if params.seed is None else params.seed + index
+            completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+            request_id = f"{result.request_id}-{index}"
+            completions[request_id] = completion
+            result.outputs.append(completion)
+            self.engine.add(request_id, result.prompt_token_ids, replace(params, n=1, seed=seed))
 
 
 def _extend(completion: CompletionOutput, delta: Delta) -> None:

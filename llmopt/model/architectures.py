@@ -1,11 +1,12 @@
 """The families that the decoder can run. A new one is an entry in this table and, at most, one small class."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmopt.errors import InputError
 from llmopt.model.config import Fields, ModelConfig, Rope, token_ids
+from llmopt.model.gguf_tokenizer import gguf_eos_ids
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Architecture:
         qkv_bias: True where query, key and value always have biases; None where config.json's `attention_bias` says
             so, and then for the output projection too.
         qk_norm: queries and keys are normalised per head.
+        windows: whether config.json's `sliding_window` counts: always, only with `use_sliding_window`, or never.
         gguf_permutes_qk: GGUF holds the rows of the query and key projections in pairs of neighbours instead of
             halves (see `gguf_names.py`).
     """
@@ -27,6 +29,7 @@ class Architecture:
     gguf_name: str
     qkv_bias: bool | None = None
     qk_norm: bool = False
+    windows: Literal["always", "opt-in", "never"] = "never"
     gguf_permutes_qk: bool = False
 
 
@@ -34,9 +37,9 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("llama", "LlamaForCausalLM", "llama", gguf_permutes_qk=True),
-        Architecture("mistral", "MistralForCausalLM", "llama", gguf_permutes_qk=True),
-        Architecture("qwen2", "Qwen2ForCausalLM", "qwen2", qkv_bias=True),
-        Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", qk_norm=True),
+        Architecture("mistral", "MistralForCausalLM", "llama", windows="always", gguf_permutes_qk=True),
+        Architecture("qwen2", "Qwen2ForCausalLM", "qwen2", qkv_bias=True, windows="opt-in"),
+        Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", qk_norm=True, windows="opt-in"),
     )
 }
 
@@ -64,13 +67,13 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=_rope_from_hf(values, where),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        windows=_windows(values, layers),
+        windows=_windows(architecture, values, layers, where),
         qkv_bias=attention_bias if architecture.qkv_bias is None else architecture.qkv_bias,
         output_bias=attention_bias and architecture.qkv_bias is None,
         mlp_bias=fields.boolean("mlp_bias", False),
         qk_norm=architecture.qk_norm,
         bos_token_id=values.get("bos_token_id"),
-        eos_token_ids=token_ids(values.get("eos_token_id")),
+        eos_token_ids=token_ids(values.get("eos_token_id"), where),
     )
 
 
@@ -101,19 +104,23 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids),
     }
     if window is not None:
-        values["sliding_window"] = window
+        values |= {"sliding_window": window, "use_sliding_window": True}
+        values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
     return values
 
 
 def config_from_gguf(
-    metadata: Mapping[str, Any], where: str, tied: bool, rope_factors: list[float] | None
+    metadata: Mapping[str, Any], where: str, tensors: Collection[str], rope_factors: list[float] | None
 ) -> ModelConfig:
-    """Read a GGUF header. `rope_factors` is the content of its `rope_freqs` tensor, where it has one."""
+    """Read a GGUF header. `tensors` are the names of its tensors, which tell what it has biases for and whether head
+    and embedding are tied; `rope_factors` is the content of its `rope_freqs` tensor, where it has one."""
     name = metadata.get("general.architecture")
     known = {a.gguf_name: a for a in reversed(ARCHITECTURES.values())}
     if name not in known:
         raise InputError(f"{where} holds the architecture {name!r}, which is not supported; known: {', '.join(known)}")
-    architecture = known[name]
+    window = metadata.get(f"{name}.attention.sliding_window") or None
+    # Mistral is Llama to GGUF; only Mistral has windows.
+    architecture = ARCHITECTURES["mistral"] if name == "llama" and window is not None else known[name]
     prefix = f"{name}."
     fields = Fields({k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}, where)
     heads = fields.integer("attention.head_count")
@@ -132,18 +139,14 @@ def config_from_gguf(
         max_position=fields.integer("context_length"),
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope=_rope_from_gguf(fields, theta, rope_factors),
-        tie_word_embeddings=tied,
-        windows=(fields.values.get("attention.sliding_window") or None,) * layers,
-        qkv_bias=bool(architecture.qkv_bias),
+        tie_word_embeddings="output.weight" not in tensors,
+        windows=(window,) * layers,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
         qk_norm=architecture.qk_norm,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(
-            dict.fromkeys(
-                metadata[key]
-                for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-                if metadata.get(key) is not None
-            )
-        ),
+        eos_token_ids=gguf_eos_ids(metadata),
     )
 
 
@@ -155,17 +158,23 @@ def _find(classes: Any, where: str) -> Architecture:
     return known[name]
 
 
-def _windows(values: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = values.get("sliding_window")
-    if window is None or values.get("use_sliding_window") is False:
+def _windows(architecture: Architecture, values: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
+    opted_in = values.get("use_sliding_window") is True
+    counts = architecture.windows == "always" or (architecture.windows == "opt-in" and opted_in)
+    if not counts or values.get("sliding_window") is None:
         return (None,) * layers
-    first = values.get("max_window_layers", 0)
+    fields = Fields(values, where)
+    window, first = fields.integer("sliding_window"), fields.integer("max_window_layers", 0)
+    if architecture.windows == "always":
+        first = 0
     kinds = values.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rope_from_hf(values: Mapping[str, Any], where: str) -> Rope:
-    scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise InputError(f"{where}: the rope scaling must be an object, not {scaling!r:.60}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     fields = Fields({"rope_theta": values.get("rope_theta"), **scaling}, where)
     theta = fields.number("rope_theta", 10000.0)

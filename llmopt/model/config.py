@@ -74,13 +74,24 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_kv_heads", "head_dim"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"the model's {name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key heads evenly")
         if self.head_dim % 2:
             raise InputError(f"a head size of {self.head_dim} cannot be rotated: it must be even")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise InputError("the model's sliding window must hold at least one token")
         if len(self.windows) != self.num_layers:
             raise InputError(f"{len(self.windows)} layer types for {self.num_layers} layers")
 
@@ -139,8 +150,9 @@ class Fields:
         return value
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
-    """End tokens as config files hold them: none, one or a list."""
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
+def token_ids(value: Any, where: str = "config.json") -> tuple[int, ...]:
+    """End tokens as config files hold them: none, one or a list. Raises InputError for anything else."""
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise InputError(f"{where}: eos_token_id must be a token's number or a list of them, not {value!r:.60}")
+    return tuple(ids)

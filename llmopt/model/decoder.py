@@ -12,7 +12,7 @@ from torch import Tensor
 from llmopt.backend.base import Backend, KVCache, PagedBatch
 from llmopt.model import rope
 from llmopt.model.config import ModelConfig
-from llmopt.model.source import ModelSource, as_dense
+from llmopt.model.source import ModelSource, as_dense, layer_name
 from llmopt.progress import Progress, silent
 from llmopt.weights.quantized import Weight
 
@@ -25,6 +25,12 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = ("mlp.down_proj",)
 LINEAR_GROUPS = {"qkv": QKV, "output": OUTPUT, "gate_up": GATE_UP, "down": DOWN}
 """The linear layers of a decoder layer, grouped by the input they share; the keys are attributes of DecoderLayer."""
+
+
+def linear_names(config: ModelConfig) -> list[str]:
+    """The full names of all linear layers of the decoder layers."""
+    modules = [module for group in LINEAR_GROUPS.values() for module in group]
+    return [layer_name(layer, module) for layer in range(config.num_layers) for module in modules]
 
 
 class DecoderLayer:
@@ -86,9 +92,14 @@ class Decoder:
         for index in range(config.num_layers):
             progress("loading layers", index, config.num_layers)
             self.layers.append(DecoderLayer(config, index, source.layer(index), backend))
-        self.embedding = backend.embedding(as_dense(source.embedding))
+        embedding = source.embedding
+        self.embedding = backend.embedding(as_dense(embedding))
         self.norm = source.final_norm.to(backend.device, backend.dtype)
-        self.head = backend.pack([source.head], [None])
+        if config.tie_word_embeddings:  # one copy serves both, unless a kernel reads it quantized
+            head = self.embedding if isinstance(embedding, Tensor) else embedding
+        else:
+            head = source.head
+        self.head = backend.pack([head], [None])
         self.frequencies = rope.frequencies(config.rope, config.head_dim).to(backend.device)
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

@@ -26,6 +26,11 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
 
+def layer_name(layer: int, name: str) -> str:
+    """The full name of a parameter or module of a decoder layer."""
+    return f"model.layers.{layer}.{name}"
+
+
 class ModelSource(ABC):
     """A model on disk. Parameters go by their Hugging Face names; matrices are [out, in].
 
@@ -36,10 +41,6 @@ class ModelSource(ABC):
 
     path: Path
     config: ModelConfig
-
-    @abstractmethod
-    def has(self, name: str) -> bool:
-        """Whether there is a parameter of that name."""
 
     @abstractmethod
     def weight(self, name: str) -> Weight:
@@ -63,13 +64,10 @@ class ModelSource(ABC):
     def files(self) -> list[Path]:
         """The files that hold the weights."""
 
-    def layer_name(self, layer: int, name: str) -> str:
-        return f"model.layers.{layer}.{name}"
-
     def layer(self, index: int) -> dict[str, Weight]:
         """The parameters of one decoder layer, by their names within it, with their shapes checked."""
         shapes = self.config.layer_shapes()
-        return {name: self.checked(self.layer_name(index, name), shape) for name, shape in shapes.items()}
+        return {name: self.checked(layer_name(index, name), shape) for name, shape in shapes.items()}
 
     def checked(self, name: str, shape: tuple[int, ...]) -> Weight:
         """A parameter that must have this shape. Raises InputError where it has another."""
@@ -121,9 +119,6 @@ class FolderSource(ModelSource):
         if self.config.tie_word_embeddings and EMBEDDING not in self._names and HEAD in self._names:
             raise InputError(f"{folder} ties its embeddings to a head but holds only {HEAD}; {EMBEDDING} is needed")
 
-    def has(self, name: str) -> bool:
-        return name in self._names or self._is_quantized(name)
-
     def weight(self, name: str) -> Weight:
         if self._format is not None and self._is_quantized(name):
             return self._format.decode(name.removesuffix(".weight"), self.checkpoint.load)
@@ -161,18 +156,14 @@ class GGUFSource(ModelSource):
         self.file = GGUFFile(path)
         tensors = self.file.tensors
         factors = gguf_tensors.dense(self.file, "rope_freqs.weight") if "rope_freqs.weight" in tensors else None
-        tied = "output.weight" not in tensors
         self.config = config_from_gguf(
-            self.file.metadata, str(path), tied, None if factors is None else factors.tolist()
+            self.file.metadata, str(path), tensors.keys(), None if factors is None else factors.tolist()
         )
         self.architecture = ARCHITECTURES[self.config.architecture]
         if factors is not None and not torch.allclose(
             rope.divisors(self.config.rope, self.config.head_dim), factors.float(), rtol=1e-3
         ):
             raise InputError(f"{path}: its rope_freqs are not those of Llama 3's rope scaling, the one that is known")
-
-    def has(self, name: str) -> bool:
-        return gguf_names.to_gguf(name) in self.file.tensors
 
     def weight(self, name: str) -> Weight:
         stored = gguf_names.to_gguf(name)

@@ -20,6 +20,7 @@ from llmopt.progress import Progress
 from llmopt.quant.methods.base import InputStatistics
 
 SELF, BUILTIN = "self", "builtin"
+SAMPLED_AT_ONCE = 64
 TOKENS_AT_ONCE = 4096  # bounds the activations in memory; more gains no speed
 
 
@@ -62,11 +63,18 @@ def _sample_from_model(
     ends = sorted(source.tokenizer.eos_ids)
     opening = [source.tokenizer.bos_id if source.tokenizer.bos_id is not None else ends[0] if ends else 0]
     length = seq_len - len(opening)
-    llm = LLM(str(source.path), max_num_seqs=samples, max_model_len=seq_len, seed=seed, device=device, dtype="float32")
+    llm = LLM(
+        str(source.path),
+        max_num_seqs=min(samples, SAMPLED_AT_ONCE),
+        max_model_len=seq_len,
+        seed=seed,
+        device=device,
+        dtype="float32",
+    )
     params = [SamplingParams(max_tokens=length, ignore_eos=True, seed=seed + i) for i in range(samples)]
 
     def report(step: int) -> None:
-        progress("sampling calibration text", step, length)
+        progress("sampling calibration text", step, length * -(-samples // SAMPLED_AT_ONCE))
 
     outputs = llm.generate([opening] * samples, params, on_step=report)
     return torch.tensor([opening + output.outputs[0].token_ids for output in outputs])

@@ -5,20 +5,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+from llmopt.errors import InputError, LlmoptError
 from llmopt.model import gguf_names, rope
 from llmopt.model.architectures import ARCHITECTURES
-from llmopt.model.decoder import LINEAR_GROUPS
-from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense
+from llmopt.model.decoder import linear_names
+from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name
 from llmopt.model.tokenizer_files import gguf_tokenizer_entries, write_tokenizer
 from llmopt.quant.methods.rtn import round_to_nearest
 from llmopt.quant.recipe import Recipe
 from llmopt.weights.artifact import ArtifactFile, ArtifactFolder
 from llmopt.weights.formats import FORMATS
-from llmopt.weights.formats.gguf_blocks import encode_blocks
+from llmopt.weights.formats.gguf_blocks import block_type, encode_blocks
 from llmopt.weights.gguf_writer import STORED_AS, GGUFWriter
 from llmopt.weights.quantized import QuantizedTensor, Weight
 from llmopt.weights.scheme import SCHEMES
@@ -45,16 +46,21 @@ class Exporter(ABC):
 def open_exporter(recipe: Recipe, source: ModelSource, overwrite: bool) -> Iterator[Exporter]:
     """The exporter of a recipe's format. What it writes appears under the output's name when the block ends well.
 
-    Raises InputError where the output is taken.
+    Raises InputError where the output is taken, or is where the source is.
     """
+    output, origin = Path(recipe.output).expanduser().resolve(), source.path.resolve()
+    if output == origin or output in origin.parents:
+        raise InputError(f"the output {recipe.output} is, or holds, the model that is read; choose another output")
     if recipe.format == "gguf":
-        with ArtifactFile(recipe.output, overwrite) as path, path.open("wb") as file:
-            exporter = GGUFExporter(recipe, source, file)
-            yield exporter
-        with ArtifactFile(f"{recipe.output}.{MANIFEST}", overwrite=True) as path:
-            path.write_text(_json(exporter.manifest), encoding="utf-8")
+        with ArtifactFile(recipe.output, overwrite) as path:
+            with path.open("wb") as file:
+                exporter = GGUFExporter(recipe, source, file)
+                yield exporter
+            # Before the file itself appears, so that no artifact is ever without its manifest.
+            with ArtifactFile(f"{recipe.output}.{MANIFEST}", overwrite=True) as beside:
+                beside.write_text(_json(exporter.manifest), encoding="utf-8")
     else:
-        with ArtifactFolder(recipe.output, overwrite) as folder:
+        with ArtifactFolder(recipe.output, overwrite, marker=MANIFEST) as folder:
             yield FolderExporter(recipe, source, folder)
 
 
@@ -63,7 +69,7 @@ def parameter_order(source: ModelSource) -> dict[str, tuple[int, ...]]:
     config = source.config
     order: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
-        order |= {source.layer_name(layer, name): shape for name, shape in config.layer_shapes().items()}
+        order |= {layer_name(layer, name): shape for name, shape in config.layer_shapes().items()}
     order[FINAL_NORM] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         order[HEAD] = (config.vocab_size, config.hidden_size)
@@ -76,7 +82,7 @@ class FolderExporter(Exporter):
     def __init__(self, recipe: Recipe, source: ModelSource, folder: Path) -> None:
         self.source = source
         self.folder = folder
-        ignored = [name for name in _linear_names(source) if recipe.ignores(name)]
+        ignored = [name for name in linear_names(source.config) if recipe.ignores(name)]
         self.format = FORMATS[recipe.format].for_scheme(
             recipe.scheme, ignore=["lm_head", *ignored], desc_act=recipe.desc_act, damp=recipe.damping
         )
@@ -100,7 +106,8 @@ class FolderExporter(Exporter):
         write_tokenizer(self.source, self.folder)
         quantization = self.format.config()
         self._write("config.json", self._config(quantization))
-        self._write("generation_config.json", self.source.generation_config)
+        if self.source.generation_config:  # an empty one would hide config.json's end token
+            self._write("generation_config.json", self.source.generation_config)
         if self.format.name == "gptq":  # where auto-gptq looks
             self._write("quantize_config.json", quantization)
         self._write(MANIFEST, manifest)
@@ -145,8 +152,8 @@ class GGUFExporter(Exporter):
         if kind in STORED_AS:
             self.writer.add(gguf_names.to_gguf(name), as_dense(weight, STORED_AS[kind]))
             return
-        if not isinstance(weight, QuantizedTensor):
-            weight = round_to_nearest(weight, SCHEMES[kind.lower()])
+        if not _fits(weight, kind):
+            weight = round_to_nearest(as_dense(weight), SCHEMES[kind.lower()])
         self.writer.add(gguf_names.to_gguf(name), encode_blocks(weight))
 
     def finish(self, manifest: dict[str, Any]) -> None:
@@ -154,20 +161,23 @@ class GGUFExporter(Exporter):
         self.manifest = manifest
 
 
+def _fits(weight: Weight, kind: str) -> TypeGuard[QuantizedTensor]:
+    """Whether a weight is in the codes of this block type already, so that it is written as it is."""
+    try:
+        return isinstance(weight, QuantizedTensor) and block_type(weight) == kind
+    except LlmoptError:
+        return False
+
+
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _linear_names(source: ModelSource) -> list[str]:
-    modules = [module for group in LINEAR_GROUPS.values() for module in group]
-    return [source.layer_name(layer, module) for layer in range(source.config.num_layers) for module in modules]
 
 
 def _gguf_type(recipe: Recipe, name: str, shape: tuple[int, ...]) -> str:
     """A tensor's type: vectors in float32, linear layers in the scheme's, embedding and head in 8 bits at least."""
     if len(shape) == 1:
         return "F32"
-    if recipe.ignores(name.removesuffix(".weight")):
+    if name not in (EMBEDDING, HEAD) and recipe.ignores(name.removesuffix(".weight")):
         return "F16"
     return "Q8_0" if name in (EMBEDDING, HEAD) and recipe.scheme.bits < 8 else recipe.scheme.gguf_type or "F16"
 
@@ -175,7 +185,9 @@ def _gguf_type(recipe: Recipe, name: str, shape: tuple[int, ...]) -> str:
 def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     config = source.config
     name = ARCHITECTURES[config.architecture].gguf_name
-    window = next((w for w in config.windows if w is not None), None)
+    window = config.windows[0]
+    if any(other != window for other in config.windows):
+        raise InputError("the model has sliding windows on some of its layers only, which GGUF cannot say")
     metadata: dict[str, Any] = {
         "general.architecture": name,
         "general.name": source.path.stem,

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.errors import LlmoptError
 from llmopt.model.decoder import LINEAR_GROUPS, DecoderLayer
-from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, open_source
+from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name, open_source
 from llmopt.progress import Progress, silent
 from llmopt.quant.calibration import CalibrationSweep, calibration_tokens
 from llmopt.quant.export import Exporter, open_exporter
@@ -35,7 +35,7 @@ def quantize(
     samples: int = 64,
     seq_len: int = 512,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -92,19 +92,17 @@ def _quantize_layers(recipe: Recipe, source: ModelSource, exporter: Exporter, pr
             result = LayerResult(dict(weights))
         else:
             statistics = {} if sweep is None else sweep.observe(DecoderLayer(source.config, index, weights, backend))
-            skip = frozenset(m for m in _modules() if recipe.ignores(source.layer_name(index, m)))
+            skip = frozenset(
+                m for group in LINEAR_GROUPS.values() for m in group if recipe.ignores(layer_name(index, m))
+            )
             result = method.quantize_layer(weights, recipe.scheme, statistics, skip)
         for name, weight in result.weights.items():
-            _check_finite(source.layer_name(index, name), weight)
-            exporter.add(source.layer_name(index, name), weight)
+            _check_finite(layer_name(index, name), weight)
+            exporter.add(layer_name(index, name), weight)
         if sweep is not None and index + 1 < source.config.num_layers:
             sweep.advance(DecoderLayer(source.config, index, result.weights, backend))
-        reports += [_named(report, source.layer_name(index, report.name)) for report in result.modules]
+        reports += [_named(report, layer_name(index, report.name)) for report in result.modules]
     return reports
-
-
-def _modules() -> list[str]:
-    return [module for group in LINEAR_GROUPS.values() for module in group]
 
 
 def _named(report: ModuleReport, name: str) -> ModuleReport:

@@ -1,18 +1,22 @@
 """What exactly is to be done to a model: every choice made, every combination checked, before anything runs."""
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmopt.backend.select import find_device
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
+from llmopt.model.decoder import LINEAR_GROUPS, linear_names
+from llmopt.model.source import layer_name
 from llmopt.quant.methods.awq import AWQ
 from llmopt.quant.methods.base import Method
 from llmopt.quant.methods.gptq import GPTQ
 from llmopt.quant.methods.rtn import RoundToNearest
 from llmopt.weights.formats import FORMATS
-from llmopt.weights.scheme import Scheme, find_scheme, nearest
+from llmopt.weights.scheme import SCHEMES, Scheme, find_scheme, nearest
 
 METHODS = ("rtn", "gptq", "awq")
 ALL_FORMATS = (*FORMATS, "gguf")
@@ -86,10 +90,25 @@ def resolve(
     if method != "rtn":
         _check_calibration(samples, seq_len, damping, config)
     for pattern in ignore:
-        _check_pattern(pattern)
-    return Recipe(
-        model, output, method, chosen, format, desc_act, damping, ignore, calibration, samples, seq_len, seed, device
+        _check_pattern(pattern, config)
+    recipe = Recipe(
+        model=model,
+        output=output,
+        method=method,
+        scheme=chosen,
+        format=format,
+        desc_act=desc_act,
+        damping=damping,
+        ignore=ignore,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=find_device("auto", device),
     )
+    if chosen.activation_bits is not None:
+        _check_shared_inputs(recipe.ignores, config)
+    return recipe
 
 
 def check_combination(method: str, scheme: Scheme, format: str, output: str, desc_act: bool) -> None:
@@ -115,8 +134,6 @@ def check_combination(method: str, scheme: Scheme, format: str, output: str, des
 
 
 def gguf_schemes() -> list[str]:
-    from llmopt.weights.scheme import SCHEMES
-
     return [name for name, scheme in SCHEMES.items() if scheme.gguf_type]
 
 
@@ -133,8 +150,23 @@ def _check_calibration(samples: int, seq_len: int, damping: float, config: Model
         raise InputError(f"--damp must be between 0 and 1, not {damping}")
 
 
-def _check_pattern(pattern: str) -> None:
+def _check_pattern(pattern: str, config: ModelConfig) -> None:
     try:
-        re.compile(pattern)
+        compiled = re.compile(pattern)
     except re.error as error:
         raise InputError(f"--ignore {pattern!r} is no regular expression: {error}") from None
+    names = linear_names(config)
+    if not any(compiled.search(name) for name in names):
+        raise InputError(f"--ignore {pattern!r} matches no linear layer; they are named like {names[0]}")
+
+
+def _check_shared_inputs(ignores: Callable[[str], bool], config: ModelConfig) -> None:
+    """Layers that share an input are one operation at run time, which rounds that input for all of them or for none."""
+    for layer in range(config.num_layers):
+        for members in LINEAR_GROUPS.values():
+            ignored = [module for module in members if ignores(layer_name(layer, module))]
+            if 0 < len(ignored) < len(members):
+                raise InputError(
+                    f"w8a8 rounds the input that {', '.join(members)} share: --ignore all of them or none, not only "
+                    f"{', '.join(ignored)}"
+                )

@@ -52,6 +52,8 @@ class _Artifact(ABC):
             _remove(self.partial)
         if _is_full_disk(error):
             raise LlmoptError(f"the disk of {self.output} is full; nothing was written") from error
+        if isinstance(error, SafetensorError | OSError):
+            raise LlmoptError(f"writing {self.output} failed, and nothing was written: {error}") from error
 
     @abstractmethod
     def _check_output(self) -> None:
@@ -69,15 +71,24 @@ class _Artifact(ABC):
 class ArtifactFolder(_Artifact):
     """A folder that appears whole: `with ArtifactFolder("out") as folder:` write into `folder`.
 
-    An existing folder that is not empty is only replaced with `overwrite`, and then as the last step: it steps aside
+    An existing folder that is not empty is only replaced with `overwrite`, and only where it holds a file named
+    `marker`, which tells that it was made here and is not somebody's whole work. That is the last step: it steps aside
     under a hidden name and is deleted once the new one is in its place.
     """
+
+    def __init__(self, output: Path | str, overwrite: bool = False, marker: str | None = None) -> None:
+        self.marker = marker
+        super().__init__(output, overwrite)
 
     def _check_output(self) -> None:
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"{self.output} is a file; give a folder to write to")
-        if not self.overwrite and self.output.is_dir() and any(self.output.iterdir()):
+        if not self.output.is_dir() or not any(self.output.iterdir()):
+            return
+        if not self.overwrite:
             raise InputError(f"{self.output} exists and is not empty: choose another output, or overwrite it")
+        if self.marker is not None and not (self.output / self.marker).exists():
+            raise InputError(f"{self.output} holds no {self.marker}, so it is not an artifact to overwrite")
 
     def _begin(self) -> None:
         self.partial.mkdir()

@@ -44,6 +44,8 @@ class Scheme:
 
     def with_group_size(self, group_size: int) -> "Scheme":
         """The same scheme with another group size. Raises InputError where the scheme fixes it."""
+        if self.is_dense:
+            raise InputError(f"{self.name} is not quantized, so it has no group size")
         if self.fixed_group and group_size != self.group_size:
             raise InputError(f"{self.name} has a fixed group size of {self.group_size}, {group_size} is not possible")
         if group_size != PER_CHANNEL and group_size < 1:

@@ -113,6 +113,15 @@ def test_a_bad_prompt_among_good_ones_stops_nothing_half_way(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
+def test_params_that_fail_half_way_leave_nothing(llm: LLM) -> None:
+    with pytest.raises(InputError, match="stop_token_ids"):
+        llm.generate([[5], [6]], [SamplingParams(), SamplingParams(stop_token_ids=(10**6,))])
+    assert not llm.engine.has_work
+    with pytest.raises(InputError, match="2 prompts and 1 params"):
+        llm.generate([[5], [6]], [SamplingParams()])
+    assert len(llm.generate([[5], [6]], SamplingParams(max_tokens=2))) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -121,6 +130,7 @@ def test_a_bad_prompt_among_good_ones_stops_nothing_half_way(llm: LLM) -> None:
         ({"max_num_batched_tokens": 2, "max_num_seqs": 3}, "at least max_num_seqs"),
         ({"kv_cache_memory_bytes": 1}, "give at least"),
         ({"kv_cache_memory_bytes": 40_000, "max_model_len": 256}, "does not fit into the KV cache"),
+        ({"kv_cache_memory_bytes": 2**60}, "more than this machine's memory"),
         ({"device": "tpu"}, "tpu"),
         ({"dtype": "int3"}, "int3"),
     ],

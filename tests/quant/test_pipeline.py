@@ -1,6 +1,7 @@
 """Whole quantizations of a small model: what is written is what was meant, whole or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,6 @@ def logits(model: Path | str, tokens: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama3-rope", "qwen2", "llama-tied-biased"])
 def test_artifact_is_complete_and_close_to_the_original(family: str, kind: str, tiny_model, tmp_path: Path) -> None:
     folder, _ = tiny_model(family)
-    if family == "llama-tied-biased" and kind.endswith("gguf"):
-        pytest.skip("GGUF's llama has no bias on the output and mlp projections")
     output = tmp_path / kind
     result = quantize(str(folder), str(output), **options(kind))
     tokens = list(range(3, 60))
@@ -148,6 +147,8 @@ def test_not_finite_weights_are_refused(tiny_model, tmp_path: Path, monkeypatch)
         ({"seq_len": 4}, "between 8 and"),
         ({"seq_len": 100000}, "between 8 and the model's 256"),
         ({"damp": 2.0}, "between 0 and 1"),
+        ({"device": "gpu"}, "unknown device 'gpu'; known: auto, cpu, cuda"),
+        ({"ignore": ("no_such_layer",)}, "matches no linear layer"),
         ({"ignore": ("(",)}, "no regular expression"),
         ({"calibration": "/nowhere/text.txt"}, "there is no file"),
         ({"samples": 100000}, "too few for 100000 samples"),
@@ -168,9 +169,22 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(tiny_model, tmp_pat
     (output / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="exists and is not empty"):
         quantize(str(folder), str(output), **options("w8a16"))
+    with pytest.raises(InputError, match=r"holds no llmopt\.json"):
+        quantize(str(folder), str(output), **options("w8a16"), overwrite=True)
     assert (output / "thesis.txt").read_text() == "mine"
+    (output / "thesis.txt").rename(output / "llmopt.json")
     quantize(str(folder), str(output), **options("w8a16"), overwrite=True)
-    assert (output / "model.safetensors").exists() and not (output / "thesis.txt").exists()
+    assert (output / "model.safetensors").exists()
+
+
+def test_the_source_is_never_overwritten(tiny_model, tmp_path: Path) -> None:
+    source = tmp_path / "all" / "base"
+    shutil.copytree(tiny_model("llama")[0], source)
+    for output in (source, source.parent):
+        (output / "llmopt.json").write_text("{}")
+        with pytest.raises(InputError, match="choose another output"):
+            quantize(str(source), str(output), **options("w8a16"), overwrite=True)
+    assert (source / "model.safetensors").exists()
 
 
 def test_ignored_layers_stay_dense(tiny_model, tmp_path: Path) -> None:
@@ -185,3 +199,61 @@ def test_ignored_layers_stay_dense(tiny_model, tmp_path: Path) -> None:
                 if not expected and layer == 0 and kind != "awq":
                     original = as_dense(open_source(str(folder)).layer(layer)[name])
                     torch.testing.assert_close(as_dense(weight), original, atol=2e-3, rtol=1e-3)
+
+
+def test_layers_that_share_a_rounded_input_are_ignored_together(tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model("llama")
+    with pytest.raises(InputError, match="all of them or none"):
+        quantize(str(folder), str(tmp_path / "out"), **options("w8a8"), ignore=("q_proj",))
+    quantize(str(folder), str(tmp_path / "out"), **options("w8a8"), ignore=("self_attn.[qkv]_proj",))
+    assert logits(tmp_path / "out", [5, 6, 7]).isfinite().all()
+
+
+def test_awq_leaves_an_ignored_absorber_alone(tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model("llama")
+    quantize(str(folder), str(tmp_path / "out"), **options("awq"), ignore=("up_proj",))
+    for layer in range(3):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        found, original = (as_dense(open_source(str(p)).weight(name)) for p in (tmp_path / "out", folder))
+        torch.testing.assert_close(found, original, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["mistral-window", "qwen2"])
+def test_gguf_and_back_to_a_folder_keeps_the_function(family: str, tiny_model, tmp_path: Path) -> None:
+    """Names, windows, biases and the order of rows survive both ways; transformers judges the folder."""
+    import transformers
+
+    folder, model = tiny_model(family)
+    quantize(str(folder), str(tmp_path / "f16.gguf"), method="rtn", scheme="f16")
+    quantize(str(tmp_path / "f16.gguf"), str(tmp_path / "w8"), method="rtn", scheme="w8a16", group_size=32)
+    tokens = list(range(3, 60))
+    with torch.no_grad():
+        truth = model(torch.tensor([tokens])).logits[0]
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w8", dtype=torch.float32)
+        theirs = again(torch.tensor([tokens])).logits[0].float()
+    torch.testing.assert_close(logits(tmp_path / "f16.gguf", tokens), truth, atol=0.02, rtol=0.01)
+    torch.testing.assert_close(theirs, truth, atol=0.1, rtol=0.05)
+
+
+def test_gguf_cannot_say_windows_on_some_layers(tiny_model, tmp_path: Path) -> None:
+    folder, _ = tiny_model("qwen2-window")
+    with pytest.raises(InputError, match="some of its layers only"):
+        quantize(str(folder), str(tmp_path / "f16.gguf"), method="rtn", scheme="f16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_generation_config_stays_without(tiny_model, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model("llama")[0], source)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    quantize(str(source), str(tmp_path / "out"), **options("w8a16"))
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_a_gguf_can_be_quantized_again(tiny_model, tmp_path: Path) -> None:
+    current, _ = tiny_model("qwen3")
+    for turn, scheme in enumerate(("q4_0", "q8_0", "q4_0")):
+        output = tmp_path / f"{turn}.gguf"
+        quantize(str(current), str(output), method="rtn", scheme=scheme)
+        assert logits(output, [5, 6, 7]).isfinite().all()
+        current = output

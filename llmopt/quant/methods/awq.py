@@ -55,10 +55,8 @@ class AWQ(Method):
                 weight = scaled[f"{module}.weight"]
                 grid = None if module in UNCLIPPED else _search_clip(weight, scheme, grams[group])
                 quantized = round_to_nearest(weight, scheme, grid)
-                seen = InputStatistics(0)
-                seen.gram = grams[group]
                 result.weights[f"{module}.weight"] = quantized
-                result.modules.append(ModuleReport(module, self.name, relative_error(weight, quantized, seen)))
+                result.modules.append(ModuleReport(module, self.name, relative_error(weight, quantized, grams[group])))
         return result
 
 
@@ -74,8 +72,12 @@ def _folds(weights: dict[str, Tensor], skip: frozenset[str]) -> list[_Fold]:
     if weights["self_attn.v_proj.weight"].shape[0] == weights["self_attn.o_proj.weight"].shape[1]:
         bias = ["self_attn.v_proj.bias"] if "self_attn.v_proj.bias" in weights else []
         folds.insert(1, _Fold("output", ("self_attn.v_proj.weight", *bias)))
-    # Scales are searched for quantized weights; a layer of which a member stays as it is keeps its input as it is.
-    return [fold for fold in folds if not skip.intersection(LINEAR_GROUPS[fold.group])]
+    # A layer that is to stay as it is neither has its input scaled nor absorbs another's scales.
+    return [fold for fold in folds if not skip.intersection(LINEAR_GROUPS[fold.group] + _modules_of(fold.absorbers))]
+
+
+def _modules_of(parameters: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(parameter.rpartition(".")[0] for parameter in parameters)
 
 
 def _search_scales(weight: Tensor, scheme: Scheme, statistics: InputStatistics) -> Tensor:

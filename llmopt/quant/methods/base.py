@@ -27,13 +27,12 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Take in the inputs [tokens, in] of one call."""
         x = x.float()
-        self.gram.addmm_(x.T, x)
-        self.magnitude += x.abs().sum(0)
+        if x.device == self.gram.device:
+            self.gram.addmm_(x.T, x)
+        else:
+            self.gram += (x.T @ x).to(self.gram.device)
+        self.magnitude += x.abs().sum(0).to(self.magnitude.device)
         self.tokens += x.shape[0]
-
-    @property
-    def mean_square(self) -> Tensor:
-        return self.gram.diagonal() / max(self.tokens, 1)
 
 
 @dataclass
@@ -74,10 +73,10 @@ class Method(ABC):
         """
 
 
-def relative_error(weight: Tensor, quantized: QuantizedTensor, statistics: InputStatistics | None) -> float:
-    """‖(W − Ŵ)X‖² / ‖WX‖² over the calibration inputs X; without any, the same of the weights alone."""
+def relative_error(weight: Tensor, quantized: QuantizedTensor, gram: Tensor | None) -> float:
+    """‖(W − Ŵ)X‖² / ‖WX‖² over the inputs X of this gram matrix; without any, the same of the weights alone."""
     difference = quantized.dequantize() - weight
-    if statistics is None:
+    if gram is None:
         return float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
-    loss = (difference @ statistics.gram * difference).sum()
-    return float(loss / (weight @ statistics.gram * weight).sum().clamp(min=1e-30))
+    loss = (difference @ gram * difference).sum()
+    return float(loss / (weight @ gram * weight).sum().clamp(min=1e-30))

@@ -53,7 +53,7 @@ class GPTQ(Method):
             rows = [weights[f"{module}.weight"].shape[0] for module in modules]
             for module, part in zip(modules, torch.arange(len(stacked)).split(rows), strict=True):
                 result.weights[f"{module}.weight"] = quantized.select_rows(part)
-                error = relative_error(stacked[part], quantized.select_rows(part), seen)
+                error = relative_error(stacked[part], quantized.select_rows(part), seen.gram)
                 result.modules.append(ModuleReport(module, "rtn" if fallback else self.name, error, fallback))
         return result
 
