@@ -12,6 +12,9 @@ from llmopt.errors import InputError
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# What llama.cpp does where the header names nothing. Its second pattern lacks GPT-2's last part, which changes nothing:
+# a space that no pattern matches is a piece of its own too.
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,7 +30,7 @@ _TEKKEN = (
 # would tokenize wrongly in silence, so it is refused.
 PRE_TOKENIZERS: dict[str, Sequence[str]] = {
     "gpt-2": (_GPT2,),
-    "default": (_GPT2,),
+    "default": _DEFAULT,
     "smollm": (r"\p{N}", _GPT2),
     "starcoder": (r"\p{N}", _GPT2),
     "refact": (r"\p{N}", _GPT2),
@@ -73,14 +76,22 @@ def build_encoder(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             if int(kind) in (CONTROL, USER_DEFINED)
         ]
     )
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _pre(metadata) in _WHOLE_WORDS_FIRST)
+    bos = _token_id(metadata, "bos", tokens, where)
     if adds_bos and bos is not None:
         opening = tokens[bos]
         encoder.post_processor = processors.TemplateProcessing(
             single=f"{opening} $A", pair=f"{opening} $A $B", special_tokens=[(opening, bos)]
         )
     return encoder
+
+
+def _token_id(metadata: Mapping[str, Any], name: str, tokens: Sequence[str], where: str) -> int | None:
+    """A special token that the header names. Raises InputError where it is not in the vocabulary."""
+    token = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if token is not None and (not isinstance(token, int) or not 0 <= token < len(tokens)):
+        raise InputError(f"{where} names {token!r} as its {name} token, but its tokens are 0 to {len(tokens) - 1}")
+    return token
 
 
 def _pre(metadata: Mapping[str, Any]) -> str:
@@ -121,7 +132,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], where: str) -
             if left in vocabulary and right in vocabulary:
                 ranked.append((-float(score), vocabulary[left], vocabulary[right], (left, right)))
     merges = [pair for *_, pair in sorted(ranked)]
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown = tokens[_token_id(metadata, "unknown", tokens, where) or 0]
     encoder = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -136,13 +147,22 @@ def describe_encoder(encoder: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """The GGUF header entries for a byte-level encoder: the inverse of `build_encoder`.
 
     The vocabulary is filled up to `vocab_size` where the model's embedding has more rows than there are tokens. Raises
-    InputError for an encoder whose way of splitting words has no name in GGUF.
+    InputError for an encoder that GGUF has no words for, or that has more tokens than the embedding has rows.
     """
     content = json.loads(encoder.to_str())
-    if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
+    splits = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    foreign = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    if (
+        content["model"].get("type") != "BPE"
+        or any(content["model"].get(option) for option in foreign)
+        or not any(split["type"] == "ByteLevel" for split in splits)
+    ):
         raise InputError("only byte-level BPE tokenizers can be written to GGUF; this one is of another kind")
-    patterns = tuple(_patterns(content.get("pre_tokenizer")))
-    composed = (content.get("normalizer") or {}).get("type") == "NFC"
+    patterns = tuple(pattern for split in splits for pattern in _patterns(split))
+    normalised = [step["type"] for step in _steps(content.get("normalizer"), "normalizers")]
+    if normalised not in ([], ["NFC"]):
+        raise InputError(f"the tokenizer normalises by {', '.join(normalised)}, which GGUF cannot say; NFC it can")
+    composed = bool(normalised)
     whole_words = bool(content["model"].get("ignore_merges"))
     names = [
         name
@@ -153,9 +173,13 @@ def describe_encoder(encoder: Tokenizer, vocab_size: int) -> dict[str, Any]:
         raise InputError(
             "the tokenizer splits words in a way that has no name in GGUF; it would tokenize wrongly there"
         )
+    vocabulary = encoder.get_vocab(with_added_tokens=True)
+    last = max(vocabulary.values(), default=-1)
+    if last >= vocab_size:
+        raise InputError(f"the tokenizer's last token is {last}, but the model's embedding has only {vocab_size} rows")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
-    for token, i in encoder.get_vocab(with_added_tokens=True).items():
+    for token, i in vocabulary.items():
         tokens[i], types[i] = token, NORMAL
     for i, added in encoder.get_added_tokens_decoder().items():
         types[i] = CONTROL if added.special else USER_DEFINED
@@ -170,17 +194,27 @@ def describe_encoder(encoder: Tokenizer, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _patterns(pre_tokenizer: Mapping[str, Any] | None) -> list[str]:
-    """The patterns by which a pre-tokenizer splits, as in PRE_TOKENIZERS; [""] where it is of another kind."""
-    if pre_tokenizer is None:
-        return [""]
-    kind = pre_tokenizer["type"]
-    if kind == "Sequence":
-        return [pattern for part in pre_tokenizer["pretokenizers"] for pattern in _patterns(part)]
-    if kind == "ByteLevel":
-        return [_GPT2] if pre_tokenizer.get("use_regex", True) else []
-    if kind == "Digits" and pre_tokenizer.get("individual_digits"):
+def _steps(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """The single steps of a normalizer or a pre-tokenizer; `key` is where a sequence of them has its members."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [single for part in step[key] for single in _steps(part, key)]
+    return [step]
+
+
+def _patterns(split: Mapping[str, Any]) -> list[str]:
+    """The patterns by which a pre-tokenizer splits, as in PRE_TOKENIZERS; [""] where none does what it does."""
+    kind = split["type"]
+    if kind == "ByteLevel" and not split.get("add_prefix_space", True):
+        return [_GPT2] if split.get("use_regex", True) else []
+    if kind == "Digits" and split.get("individual_digits"):
         return [r"\p{N}"]
-    if kind == "Split" and "Regex" in pre_tokenizer["pattern"] and pre_tokenizer["behavior"] == "Isolated":
-        return [pre_tokenizer["pattern"]["Regex"]]
+    if (
+        kind == "Split"
+        and "Regex" in split["pattern"]
+        and split["behavior"] == "Isolated"
+        and not split.get("invert", False)
+    ):
+        return [split["pattern"]["Regex"]]
     return [""]

@@ -7,6 +7,7 @@ from pathlib import Path
 from llmopt.errors import InputError, LlmoptError
 
 BUILT_IN = "smollm2"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # here, because the hub's package reads it as it is imported
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -39,11 +40,17 @@ def _built_in() -> Path:
 
 def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise InputError(f"there is no folder {model}, and it is no hub id: {first_line(error)}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = first_line(error)
         raise LlmoptError(f"there is no folder {model}, and the hub model could not be fetched: {reason}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error of somebody else's says, cut short; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Encoder
 from llmopt.errors import InputError, LlmoptError
 from llmopt.model import chat_template, gguf_tokenizer
 from llmopt.model.config import token_ids
-from llmopt.model.locate import locate
+from llmopt.model.locate import first_line, locate
 from llmopt.weights.gguf_file import GGUFFile
 
 
@@ -21,6 +21,7 @@ class Tokenizer:
     Attributes:
         encoder: the byte-pair encoder, added tokens included.
         eos_ids: tokens that end a text.
+        eos_id: the one of them that the tokenizer calls its end token, as chat templates do.
         bos_id: the token put before a text, where there is one.
         chat_template: Jinja source, None where the model has none.
     """
@@ -32,11 +33,13 @@ class Tokenizer:
         bos_id: int | None,
         pad_id: int | None,
         chat_template: str | None,
+        eos_id: int | None = None,
     ) -> None:
         self.encoder = encoder
         self.encoder.no_truncation()
         self.encoder.no_padding()
         self.eos_ids = frozenset(eos_ids)
+        self.eos_id = min(self.eos_ids, default=None) if eos_id is None else eos_id
         self.bos_id = bos_id
         self.pad_id = pad_id
         self.chat_template = chat_template
@@ -76,7 +79,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise InputError("the model has no chat template; use completions, or give one with --chat-template")
-        special = {"bos_token": self._text_of(self.bos_id), "eos_token": self._text_of(min(self.eos_ids, default=None))}
+        special = {"bos_token": self._text_of(self.bos_id), "eos_token": self._text_of(self.eos_id)}
         return chat_template.render(
             self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt, **special, **variables
         )
@@ -104,6 +107,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
         pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
         chat_template=metadata.get("tokenizer.chat_template"),
+        eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
     )
 
 
@@ -111,16 +115,15 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder: tokenizer.json, or whatever transformers can convert to one."""
     settings = read_json(folder / "tokenizer_config.json", {})
     encoder = _encoder_from_folder(folder)
-    config = read_json(folder / "config.json", {})
-    generation = read_json(folder / "generation_config.json", {})
     named_eos = _named_token(encoder, settings, "eos_token")
-    ends = token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
+    ends = _end_tokens(folder / "generation_config.json") or _end_tokens(folder / "config.json")
     return Tokenizer(
         encoder,
         eos_ids=ends or ([] if named_eos is None else [named_eos]),
         bos_id=_named_token(encoder, settings, "bos_token"),
         pad_id=_named_token(encoder, settings, "pad_token"),
         chat_template=_template_from_folder(folder, settings),
+        eos_id=named_eos,
     )
 
 
@@ -200,7 +203,17 @@ def _encoder_from_folder(folder: Path) -> Encoder:
         raise InputError(f"there is no tokenizer in {folder}: it needs a tokenizer.json")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).backend_tokenizer
+    try:
+        encoder = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).backend_tokenizer
+    except Exception as error:  # noqa: BLE001 - its converters raise whatever they meet in a malformed file
+        raise InputError(f"the tokenizer in {folder} cannot be converted: {first_line(error)}") from None
+    if encoder.get_vocab_size(with_added_tokens=True) <= len(encoder.get_added_tokens_decoder()):
+        raise InputError(f"the tokenizer in {folder} has no vocabulary")
+    return encoder
+
+
+def _end_tokens(file: Path) -> tuple[int, ...]:
+    return token_ids(read_json(file, {}).get("eos_token_id"), str(file))
 
 
 def _named_token(encoder: Encoder, settings: Mapping[str, Any], name: str) -> int | None:

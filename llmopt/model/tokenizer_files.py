@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmopt.model.gguf_tokenizer import describe_encoder
+from llmopt.model.gguf_tokenizer import EOS_IDS, describe_encoder, gguf_eos_ids
 from llmopt.model.source import FolderSource, GGUFSource, ModelSource
 from llmopt.model.tokenizer import Tokenizer
 
@@ -34,19 +34,23 @@ def write_tokenizer(source: ModelSource, folder: Path) -> None:
 
 
 def gguf_tokenizer_entries(source: ModelSource) -> dict[str, Any]:
-    """The `tokenizer.*` entries of a GGUF header. Raises InputError for a tokenizer that GGUF cannot hold."""
+    """The entries of a GGUF header that make up the tokenizer. Raises InputError for one that GGUF cannot hold."""
     if isinstance(source, GGUFSource):
-        return {key: value for key, value in source.file.metadata.items() if key.startswith("tokenizer.")}
+        header = source.file.metadata
+        return {key: value for key, value in header.items() if key.startswith("tokenizer.") or key == EOS_IDS}
     tokenizer = source.tokenizer
     entries = describe_encoder(tokenizer.encoder, source.config.vocab_size)
-    ends = source.config.eos_token_ids or tuple(sorted(tokenizer.eos_ids))
+    others = sorted(tokenizer.eos_ids - {tokenizer.eos_id})
     ids = {
         "bos": tokenizer.bos_id,
-        "eos": ends[0] if ends else None,
-        "eot": ends[1] if len(ends) > 1 else None,
+        "eos": tokenizer.eos_id,
+        "eot": others[0] if others else None,
         "padding": tokenizer.pad_id,
     }
     entries |= {f"tokenizer.ggml.{kind}_token_id": value for kind, value in ids.items() if value is not None}
+    ends = ([tokenizer.eos_id] if tokenizer.eos_id in tokenizer.eos_ids else []) + others
+    if len(ends) > 1 or tuple(ends) != gguf_eos_ids(entries):
+        entries[EOS_IDS] = ends
     if tokenizer.chat_template is not None:
         entries["tokenizer.chat_template"] = tokenizer.chat_template
     return entries
@@ -57,7 +61,7 @@ def _settings(tokenizer: Tokenizer, source: ModelSource) -> dict[str, Any]:
     text = tokenizer.encoder.id_to_token
     tokens = {
         "bos_token": tokenizer.bos_id,
-        "eos_token": min(tokenizer.eos_ids, default=None),
+        "eos_token": tokenizer.eos_id,
         "pad_token": tokenizer.pad_id,
     }
     settings: dict[str, Any] = {

@@ -1,16 +1,25 @@
 """Tokenizers from GGUF headers and folders, their bytes, and chat templates."""
 
 import io
+import json
+import shutil
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from llmopt.errors import InputError
 from llmopt.model import chat_template
-from llmopt.model.gguf_tokenizer import PRE_TOKENIZERS, build_encoder, describe_encoder
+from llmopt.model.gguf_tokenizer import EOS_IDS, PRE_TOKENIZERS, build_encoder, describe_encoder, gguf_eos_ids
+from llmopt.model.locate import locate
+from llmopt.model.source import FolderSource
 from llmopt.model.tokenizer import Tokenizer, load_tokenizer, token_bytes_table
+from llmopt.model.tokenizer_files import gguf_tokenizer_entries
 
 TEXTS = [
     "Hello, world!",
@@ -31,8 +40,6 @@ def real(smollm2: str) -> Tokenizer:
 @pytest.mark.model
 def test_smollm2_tokenizes_as_transformers_does(smollm2: str, real: Tokenizer) -> None:
     import transformers
-
-    from llmopt.model.locate import locate
 
     file = locate(smollm2)
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -91,12 +98,126 @@ def test_a_byte_level_encoder_survives_the_way_through_a_header(pre: str) -> Non
         ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
         ({"tokenizer.ggml.merges": ["x y"]}, "does not fit together"),
         ({"tokenizer.ggml.model": "llama"}, "score"),
+        ({"tokenizer.ggml.bos_token_id": 2}, "here.gguf names 2 as its bos token, but its tokens are 0 to 1"),
+        ({"tokenizer.ggml.bos_token_id": -1}, "names -1 as its bos token"),
+        ({"tokenizer.ggml.bos_token_id": "a"}, "names 'a' as its bos token"),
+        (
+            {
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.scores": [0.0, 0.0],
+                "tokenizer.ggml.unknown_token_id": 9,
+            },
+            "names 9 as its unknown token",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused(changes: dict, says: str) -> None:
     header = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.merges": []}
     with pytest.raises(InputError, match=says):
         build_encoder(header | changes, "here.gguf")
+
+
+@pytest.mark.parametrize("header", [{}, {"tokenizer.ggml.pre": "default"}])
+def test_words_are_split_as_llama_cpp_does_where_nothing_is_named(header: dict) -> None:
+    vocabulary = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
+    encoder = build_encoder(vocabulary | header, "here")
+    pieces = [piece for piece, _ in encoder.pre_tokenizer.pre_tokenize_str("It's 12345 a$==b,  c 1")]
+    assert pieces == ["It", "'", "s", "Ġ", "123", "45", "Ġa", "$==", "b", ",", "Ġ", "Ġc", "Ġ", "1"]
+
+
+def _prefix_space(encoder) -> None:
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def _lowercase(encoder) -> None:
+    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+
+
+def _no_bytes(encoder) -> None:
+    encoder.pre_tokenizer = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["gpt-2"][0]), "isolated")
+
+
+def _inverted(encoder) -> None:
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["gpt-2"][0]), "isolated", invert=True)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_prefix_space, "splits words in a way that has no name"),
+        (_inverted, "splits words in a way that has no name"),
+        (_lowercase, "normalises by NFC, Lowercase"),
+        (_no_bytes, "only byte-level"),
+    ],
+)
+def test_what_a_header_cannot_say_is_not_left_out(tiny_model, change, says: str) -> None:
+    encoder = load_tokenizer(str(tiny_model("llama")[0])).encoder
+    describe_encoder(encoder, 320)
+    change(encoder)
+    with pytest.raises(InputError, match=says):
+        describe_encoder(encoder, 320)
+
+
+def test_more_tokens_than_rows_of_the_embedding_are_refused(tiny_model) -> None:
+    encoder = load_tokenizer(str(tiny_model("llama")[0])).encoder
+    count = encoder.get_vocab_size()
+    describe_encoder(encoder, count)
+    with pytest.raises(InputError, match=f"last token is {count - 1}, but .* only {count - 1} rows"):
+        describe_encoder(encoder, count - 1)
+
+
+@pytest.fixture
+def several_ends(tiny_model, tmp_path: Path) -> Path:
+    """A folder whose config.json names one end token, its generation_config.json four; </s> is 2."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama")[0], folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2, 7, 0]}))
+    return folder
+
+
+def test_every_end_token_survives_the_way_through_a_header(several_ends: Path) -> None:
+    entries = gguf_tokenizer_entries(FolderSource(several_ends))
+    assert entries["tokenizer.ggml.eos_token_id"] == 2
+    assert entries["tokenizer.ggml.eot_token_id"] == 0
+    assert entries[EOS_IDS] == [2, 0, 7, 9]
+    assert gguf_eos_ids(entries) == (2, 0, 7, 9)
+
+
+def test_a_named_end_token_that_ends_nothing_stays_so_in_a_header(several_ends: Path) -> None:
+    (several_ends / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    entries = gguf_tokenizer_entries(FolderSource(several_ends))
+    assert entries["tokenizer.ggml.eos_token_id"] == 2
+    assert gguf_eos_ids(entries) == (9,)
+
+
+def test_one_end_token_needs_no_list(tiny_model) -> None:
+    entries = gguf_tokenizer_entries(FolderSource(tiny_model("llama")[0]))
+    assert EOS_IDS not in entries and "tokenizer.ggml.eot_token_id" not in entries
+    assert gguf_eos_ids(entries) == (2,)
+
+
+def test_end_tokens_of_a_header_without_a_list() -> None:
+    eos, eot = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"
+    assert gguf_eos_ids({}) == ()
+    assert gguf_eos_ids({eot: 0}) == (0,)
+    assert gguf_eos_ids({eos: 5, eot: 3}) == (5, 3)
+    assert gguf_eos_ids({eos: 5, eot: 5}) == (5,)
+
+
+def test_a_template_gets_the_end_token_that_the_tokenizer_names(several_ends: Path) -> None:
+    tokenizer = load_tokenizer(str(several_ends))
+    assert tokenizer.eos_ids == {0, 2, 7, 9}
+    assert tokenizer.eos_id == 2
+    tokenizer.chat_template = "{{ eos_token }}"
+    assert tokenizer.render_chat([]) == "</s>"
+
+
+def test_without_a_named_end_token_the_first_is_taken(several_ends: Path) -> None:
+    (several_ends / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(str(several_ends)).eos_id == 0
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +260,44 @@ def test_sentencepiece_vocabularies_tokenize_as_sentencepiece_does(sentencepiece
         assert encoder.decode(ids) == text
 
 
+@pytest.fixture
+def sentencepiece_folder(sentencepiece_model, tmp_path: Path) -> Path:
+    """A folder of a Llama 2, without weights: its tokenizer is a tokenizer.model alone."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.serialized_model_proto())
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **tokens}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    return tmp_path
+
+
+def test_a_folder_with_only_a_sentencepiece_model(sentencepiece_model, sentencepiece_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(sentencepiece_folder))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (1, 2, {2})
+    for text in ("the cat sat", "another hat  with   spaces", "é日本 🙂", "12 345 999", "x"):
+        ids = tokenizer.encode(text)
+        assert ids == [1, *sentencepiece_model.encode(text)], text
+        assert b"".join(tokenizer.token_bytes(i) for i in ids[1:]) == (" " + text).encode()
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"junk", "cannot be converted: "), (b"", "no vocabulary")])
+def test_a_sentencepiece_model_that_cannot_be_converted(sentencepiece_folder: Path, content: bytes, says: str) -> None:
+    (sentencepiece_folder / "tokenizer.model").write_bytes(content)
+    with pytest.raises(InputError, match=f"the tokenizer in {sentencepiece_folder}.*{says}") as caught:
+        load_tokenizer(str(sentencepiece_folder))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_template_runs_in_a_sandbox() -> None:
     for attack in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{% for i in range(10**9) %}aaaaaaaaaaaaaaaaaaaa{% endfor %}",
+        "{{ 'x' * 10**12 }}",
+        "{{ 10**12 * 'x' }}",
+        "{% set x = [0] * 10**12 %}",
+        "{{ 10 ** 10000000000 > 0 }}",
+        "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x > 0 }}",
     ):
         with pytest.raises(InputError, match="chat template"):
             chat_template.render(attack, messages=[])
@@ -157,6 +311,31 @@ def test_a_template_may_refuse_messages() -> None:
 def test_a_template_can_do_what_models_use() -> None:
     template = "{%- for m in messages %}{% if loop.index0 > 1 %}{% break %}{% endif %}{{ m | tojson }}\n{%- endfor %}"
     assert chat_template.render(template, messages=[{"a": "<é>"}, {}, {}]) == '{"a": "<é>"}{}'
+
+
+def test_a_template_may_multiply() -> None:
+    assert chat_template.render("{{ '-' * 3 }} {{ 3 * 4 }} {{ 2 ** 10 }} {{ 1.5 * 2 }} {{ 4 ** 0.5 }}") == (
+        "--- 12 1024 3.0 2.0"
+    )
+
+
+def test_a_template_may_mark_what_the_model_says() -> None:
+    template = (
+        "{% set x = 'a' %}{% for m in messages %}\n"
+        "{% generation %}\n{% set x = 'b' %}{{ m }}{{ x }}{{ loop.index }}{% endgeneration %}{{ x }}\n"
+        "{%- endfor %}"
+    )
+    assert chat_template.render(template, messages=["hi ", "ho "]) == "hi b1aho b2a"
+
+
+def test_a_name_that_is_no_hub_id() -> None:
+    with pytest.raises(InputError, match=r"no hub id: .*foo/my model"):
+        locate("foo/my model")
+
+
+def test_the_hub_is_not_told_who_asks() -> None:
+    code = "from llmopt.model import locate; import huggingface_hub.constants as c; assert c.HF_HUB_DISABLE_TELEMETRY"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"OMP_NUM_THREADS": "1"})
 
 
 def test_a_model_without_a_template_says_so(tiny_model) -> None:
