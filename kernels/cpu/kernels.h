@@ -33,6 +33,18 @@ struct Tiles {
   int64_t first, last;
 };
 
+// The query heads that share one key head of one sequence, and that head's part of the paged cache.
+struct AttentionItem {
+  const float* queries;  // [heads][head_dim]
+  float* out;            // [heads][head_dim]
+  const float* keys;     // of the head in block 0; a token's are `stride` floats after the token's before
+  const float* values;   // likewise
+  const int32_t* table;  // numbers of the sequence's blocks, in order
+  int64_t first, last;   // the query sees the tokens first .. last - 1
+  int64_t heads, head_dim, stride, block_size;
+  float scale;
+};
+
 struct Kernels {
   const char* name;
   bool (*supported)();
@@ -48,6 +60,9 @@ struct Kernels {
   float (*round_row)(const float* x, int64_t count, uint8_t* codes);
   // The product of codes [rows][in] from round_row and 8-bit codes of the weight, summed exactly, then scaled.
   void (*integers)(const WeightView&, Tiles, const Rows&, const uint8_t* codes, const float* row_scales);
+  // softmax(scale · query · keysᵀ) · values; `scores` holds heads * (last - first) floats. head_dim must be a multiple
+  // of kTile.
+  void (*attend)(const AttentionItem&, float* scores);
 };
 
 // Null where the compiler could not build it.

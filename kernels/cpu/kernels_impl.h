@@ -283,8 +283,60 @@ float round_row(const float* x, int64_t count, uint8_t* codes) {
   return scale;
 }
 
+inline float sum_of(Floats value) {
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
+  return total;
+}
+
+// Turns scores into exp(score - largest) and returns their sum.
+inline float exponentiate(float* scores, int64_t count) {
+  float largest = scores[0], total = 0;
+  for (int64_t i = 1; i < count; ++i) largest = scores[i] > largest ? scores[i] : largest;
+  for (int64_t i = 0; i < count; ++i) {
+    scores[i] = __builtin_expf(scores[i] - largest);
+    total += scores[i];
+  }
+  return total;
+}
+
+// Each key and value is read once for all heads that share it. The order of additions depends on the sequence alone,
+// so that a result is the same to the bit whatever else is in the batch.
+void attend(const AttentionItem& item, float* scores) {
+  const int64_t count = item.last - item.first, dim = item.head_dim;
+  const auto row_of = [&](int64_t token) {
+    return (item.table[token / item.block_size] * item.block_size + token % item.block_size) * item.stride;
+  };
+  for (int64_t token = item.first; token < item.last; ++token) {
+    const float* key = item.keys + row_of(token);
+    for (int64_t head = 0; head < item.heads; ++head) {
+      Floats sum{};
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        sum += load<Floats>(item.queries + head * dim + i) * load<Floats>(key + i);
+      }
+      scores[head * count + token - item.first] = sum_of(sum) * item.scale;
+    }
+  }
+  std::memset(item.out, 0, static_cast<size_t>(item.heads * dim) * sizeof(float));
+  for (int64_t head = 0; head < item.heads; ++head) {
+    float* own = scores + head * count;
+    const float inverse = 1.0F / exponentiate(own, count);
+    for (int64_t i = 0; i < count; ++i) own[i] *= inverse;
+  }
+  for (int64_t token = item.first; token < item.last; ++token) {
+    const float* value = item.values + row_of(token);
+    for (int64_t head = 0; head < item.heads; ++head) {
+      const Floats weight = broadcast(scores[head * count + token - item.first]);
+      float* out = item.out + head * dim;
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        store(out + i, load<Floats>(out + i) + weight * load<Floats>(value + i), kLanes);
+      }
+    }
+  }
+}
+
 constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
-  return {name, supported, kFusedRows, kPanelTiles, fused, panels, round_row, integers};
+  return {name, supported, kFusedRows, kPanelTiles, fused, panels, round_row, integers, attend};
 }
 
 }  // namespace

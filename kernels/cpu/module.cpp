@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "multiply.h"
 
 namespace nb = nanobind;
@@ -64,6 +65,20 @@ class Multiplier {
                      {reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), rows, x_stride, y_stride});
   }
 
+  // Addresses of float32 queries and out [sequences, heads, head_dim], keys and values [blocks, block_size, kv_heads,
+  // head_dim], int32 tables [sequences, table_width] and contexts [sequences].
+  void attend(uintptr_t queries, uintptr_t out, uintptr_t keys, uintptr_t values, uintptr_t tables, uintptr_t contexts,
+              int64_t sequences, int64_t table_width, int64_t heads, int64_t kv_heads, int64_t head_dim,
+              int64_t block_size, int64_t window, float scale) {
+    check(head_dim % kTile == 0 && kv_heads > 0 && heads % kv_heads == 0,
+          "the head size must be a multiple of 16, and key heads must divide heads");
+    llmopt::attend(pool_, kernels_,
+                   {reinterpret_cast<const float*>(queries), reinterpret_cast<float*>(out),
+                    reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values),
+                    reinterpret_cast<const int32_t*>(tables), reinterpret_cast<const int32_t*>(contexts), sequences,
+                    table_width, heads, kv_heads, head_dim, block_size, window, scale});
+  }
+
  private:
   static int checked(int threads) {
     check(threads >= 1, "threads must be at least 1");
@@ -104,7 +119,7 @@ void pack(PackedWeight* self, Array<uint8_t, 2> codes, Array<float, 2> scales, s
 NB_MODULE(_cpu, m) {
   using llmopt::Multiplier;
   using llmopt::PackedWeight;
-  m.doc() = "Compiled products of activations and packed quantized weights.";
+  m.doc() = "Compiled products of activations and packed quantized weights, and attention over the paged cache.";
   m.def("instruction_sets", &llmopt::instruction_sets, "Names of those that this processor has, fastest first.");
 
   nb::class_<PackedWeight>(m, "PackedWeight", "A quantized weight [out, in] in the layout of the kernels.")
@@ -120,5 +135,10 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("instruction_set", &Multiplier::instruction_set)
       .def("multiply", &Multiplier::multiply, nb::arg("weight"), nb::arg("x"), nb::arg("x_stride"), nb::arg("rows"),
            nb::arg("y"), nb::arg("y_stride"), nb::call_guard<nb::gil_scoped_release>(),
-           "y = x · weight + bias; x and y are addresses of float32 rows, strides count floats.");
+           "y = x · weight + bias; x and y are addresses of float32 rows, strides count floats.")
+      .def("attend", &Multiplier::attend, nb::arg("queries"), nb::arg("out"), nb::arg("keys"), nb::arg("values"),
+           nb::arg("tables"), nb::arg("contexts"), nb::arg("sequences"), nb::arg("table_width"), nb::arg("heads"),
+           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("block_size"), nb::arg("window"), nb::arg("scale"),
+           nb::call_guard<nb::gil_scoped_release>(),
+           "Attention of one query a sequence over a paged float32 cache; all tensors are contiguous, by address.");
 }

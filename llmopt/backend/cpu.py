@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmopt.backend.base import Linear
+from llmopt.backend.base import KVCache, Linear, PagedBatch
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.errors import InputError
 from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
+HEAD_STEP = 16  # the attention kernel reads heads in whole vectors
 GROUP_STEP = 8  # the kernels read groups in words of eight 4-bit codes
 MOST_INTEGER_INPUTS = 65_536  # so many products of two 8-bit codes fit a 32-bit sum
 
@@ -46,7 +47,9 @@ class CpuLinear(Linear):
 
 
 class CpuBackend(ReferenceBackend):
-    """The reference with compiled products of quantized weights. Activations are float32; dense weights stay torch's.
+    """The reference with compiled products of quantized weights and compiled attention for decoding.
+
+    Activations are float32; products of dense weights, and attention of prompts, stay torch's.
 
     Its threads and torch's take turns: a kernel has returned before torch goes on.
     """
@@ -70,6 +73,37 @@ class CpuBackend(ReferenceBackend):
         only = parts[0]
         return only if len(parts) == 1 and isinstance(only, Linear) else CpuLinear(self.multiplier, parts)
 
+    def _attend_decode(
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None
+    ) -> Tensor:
+        heads, head_dim = queries.shape[1:]
+        _, block_size, kv_heads, _ = cache.keys.shape
+        if cache.keys.dtype != torch.float32 or head_dim % HEAD_STEP:
+            self._warn_once(f"attention is compiled for a float32 cache and head sizes of a multiple of {HEAD_STEP}")
+            return super()._attend_decode(queries, cache, batch, sequences, scale, window)
+        tables, contexts = batch.block_tables, batch.context_lens
+        if len(sequences) < len(contexts):
+            tables, contexts = tables[sequences], contexts[sequences]
+        queries = queries.contiguous()
+        result = torch.empty_like(queries)
+        self.multiplier.attend(
+            queries=queries.data_ptr(),
+            out=result.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            tables=tables.data_ptr(),
+            contexts=contexts.data_ptr(),
+            sequences=len(sequences),
+            table_width=tables.shape[1],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            window=window or 0,
+            scale=scale,
+        )
+        return result
+
     def _pack_part(self, pieces: list[tuple[Weight, Tensor | None]]) -> PackedWeight | Linear:
         weights, biases = [weight for weight, _ in pieces], [bias for _, bias in pieces]
         quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
@@ -84,7 +118,7 @@ class CpuBackend(ReferenceBackend):
     def _warn_once(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            _logger.warning("some linear layers run on plain torch: %s", reason)
+            _logger.warning("some operations run on plain torch: %s", reason)
 
 
 def packed(weights: list[QuantizedTensor], bias: Tensor | None) -> PackedWeight:

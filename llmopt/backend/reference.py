@@ -83,16 +83,31 @@ class ReferenceBackend(Backend):
         cache.values.flatten(0, 1).index_copy_(0, batch.slots, values.to(cache.values.dtype))
 
     def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scale: float, window: int | None) -> Tensor:
-        result = torch.empty_like(queries)
         starts = batch.query_starts
         single = [s for s in range(len(starts) - 1) if starts[s + 1] - starts[s] == 1]
-        together = _alike(single, batch.context_lens.tolist())
-        for run in together:
-            rows = torch.tensor([starts[s] for s in run], device=queries.device)
-            result[rows] = self._attend_single(queries[rows], cache, batch, run, scale, window)
-        for s in set(range(len(starts) - 1)).difference(*together):
+        if len(single) == len(starts) - 1:
+            return self._attend_decode(queries, cache, batch, single, scale, window)
+        result = torch.empty_like(queries)
+        if single:
+            rows = torch.tensor([starts[s] for s in single], device=queries.device)
+            result[rows] = self._attend_decode(queries[rows], cache, batch, single, scale, window)
+        for s in set(range(len(starts) - 1)).difference(single):
             span = slice(starts[s], starts[s + 1])
             result[span] = self._attend_sequence(queries[span], cache, batch, s, scale, window)
+        return result
+
+    def _attend_decode(
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None
+    ) -> Tensor:
+        """These sequences, which have one query each: [len(sequences), heads, head_dim]."""
+        result = torch.empty_like(queries)
+        row_of = {sequence: row for row, sequence in enumerate(sequences)}
+        for run in _alike(sequences, batch.context_lens.tolist()):
+            rows = torch.tensor([row_of[s] for s in run], device=queries.device)
+            if len(run) > 1:
+                result[rows] = self._attend_single(queries[rows], cache, batch, run, scale, window)
+            else:
+                result[rows] = self._attend_sequence(queries[rows], cache, batch, run[0], scale, window)
         return result
 
     def _attend_single(
@@ -130,14 +145,14 @@ class ReferenceBackend(Backend):
 
 
 def _alike(sequences: list[int], contexts: list[int]) -> list[list[int]]:
-    """Runs of two sequences or more whose contexts differ by less than half, so that padding them wastes little."""
+    """Runs of sequences whose contexts differ by less than half, so that padding them wastes little."""
     runs: list[list[int]] = []
     for sequence in sorted(sequences, key=contexts.__getitem__):
         if runs and contexts[sequence] < 2 * contexts[runs[-1][0]] + PADDING:
             runs[-1].append(sequence)
         else:
             runs.append([sequence])
-    return [run for run in runs if len(run) > 1]
+    return runs
 
 
 def causal_mask(queries: int, context: int, window: int | None, device: torch.device) -> Tensor:
