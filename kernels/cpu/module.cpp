@@ -119,6 +119,7 @@ void pack(PackedWeight* self, Array<uint8_t, 2> codes, Array<float, 2> scales, s
 NB_MODULE(_cpu, m) {
   using llmopt::Multiplier;
   using llmopt::PackedWeight;
+  nb::set_leak_warnings(false);  // what a caller's module still holds when Python ends is no leak
   m.doc() = "Compiled products of activations and packed quantized weights, and attention over the paged cache.";
   m.def("instruction_sets", &llmopt::instruction_sets, "Names of those that this processor has, fastest first.");
 

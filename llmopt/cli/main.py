@@ -8,7 +8,7 @@ from llmopt import quiet_barriers
 from llmopt.cli import bench, eval, quantize, serve
 from llmopt.errors import LlmoptError
 
-EXTRA_OF = dict.fromkeys(("msgspec", "fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
+EXTRA_OF = dict.fromkeys(("fastapi", "starlette", "uvicorn", "uvloop", "prometheus_client"), "serve")
 EXTRA_OF["aiohttp"] = "bench"
 
 app = typer.Typer(

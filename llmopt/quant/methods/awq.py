@@ -84,15 +84,16 @@ def _search_scales(weight: Tensor, scheme: Scheme, statistics: InputStatistics) 
     """float32 [in]: the input scales, x̄^r / w̄^(1 − r) for the best of 20 ratios r, normalised around
     1; or all ones, where none is better."""
     activation = (statistics.magnitude / max(statistics.tokens, 1)).clamp(min=1e-8)
-    groups = grouped(weight.abs(), scheme)
-    typical = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1).mean(0)
+    magnitudes = grouped(weight.abs(), scheme)
+    typical = (magnitudes / magnitudes.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1).mean(0)
     best_loss, best = torch.inf, torch.ones_like(activation)
     for step in range(-1, RATIOS):
         ratio = step / RATIOS
         scales = (activation**ratio / (typical ** (1 - ratio) + 1e-4)).clamp(min=1e-4)
         scales = torch.ones_like(activation) if step < 0 else scales / (scales.max() * scales.min()).sqrt()
-        rounded = round_to_nearest(weight * scales, scheme).dequantize() / scales
-        difference = rounded - weight
+        groups = grouped(weight * scales, scheme)
+        grid = fit_grid(groups, scheme)
+        difference = grid.values(grid.codes(groups)).flatten(1) / scales - weight
         loss = float((difference @ statistics.gram * difference).sum())
         if loss < best_loss:
             best_loss, best = loss, scales
