@@ -57,6 +57,8 @@ def fit_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, s
     to a half, and the step with the least squared error is taken, each input weighted by `importance` [groups, group
     size] (the mean square of that input) where it is given.
     """
+    if steps == 1:
+        return Grid(*_cover(weight, scheme, shrink=1), (1 << scheme.bits) - 1)
     rows = max(1, _ELEMENTS_AT_ONCE // weight[0].numel())
     parts = [_fit_rows(part, scheme, importance, steps) for part in weight.split(rows)]
     scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
