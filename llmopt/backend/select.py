@@ -12,7 +12,7 @@ from llmopt.errors import InputError, LlmoptError
 BackendName = Literal["auto", "reference", "cpu"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HOW_TO_BUILD = "install llmopt again with a C++ compiler and Python's headers, or use --backend reference"
 
 _logger = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ def select_backend(name: str, device: str, dtype: str, threads: int | None) -> B
     if name == "cpu" and dtype != "float32":
         raise InputError(f"--backend cpu computes in float32, not {dtype}: give --dtype float32 or --backend reference")
     if name == "reference" or place == "cuda":
-        return ReferenceBackend(place, _DTYPES[dtype])
+        return ReferenceBackend(place, DTYPES[dtype])
     if dtype != "float32":
         _logger.warning("running on plain torch: the compiled CPU kernels compute in float32, not %s", dtype)
-        return ReferenceBackend(place, _DTYPES[dtype])
+        return ReferenceBackend(place, DTYPES[dtype])
     return _compiled_backend(name)
 
 
@@ -63,7 +63,7 @@ def _compiled_backend(name: str) -> Backend:
 def _check_known(name: str, dtype: str) -> None:
     for flag, value, known in (
         ("backend", name, get_args(BackendName)),
-        ("dtype", dtype, ("auto", *_DTYPES)),
+        ("dtype", dtype, ("auto", *DTYPES)),
     ):
         if value not in known:
             raise InputError(f"unknown {flag} {value!r}; known: {', '.join(known)}")

@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
-from llmopt.backend.select import select_backend
+from llmopt.backend.select import DTYPES, select_backend
 from llmopt.engine.batch import Batch
 from llmopt.engine.cache_plan import plan_cache
 from llmopt.engine.config import EngineConfig
 from llmopt.model.decoder import Decoder, PagedAttention
 from llmopt.model.source import ModelSource
 from llmopt.progress import Progress, silent
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Runner:
@@ -24,7 +22,7 @@ class Runner:
     def __init__(self, source: ModelSource, config: EngineConfig, progress: Progress = silent) -> None:
         self.backend = select_backend(config.backend, config.device, config.dtype, config.threads)
         self.config = source.config
-        cache_dtype = _DTYPES.get(config.kv_cache_dtype, self.backend.dtype)
+        cache_dtype = DTYPES.get(config.kv_cache_dtype, self.backend.dtype)
         self.plan = plan_cache(config, self.config, cache_dtype)
         with torch.inference_mode():
             self.decoder = Decoder(source, self.backend, progress)
