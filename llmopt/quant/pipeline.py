@@ -12,11 +12,12 @@ from llmopt.errors import LlmoptError
 from llmopt.model.decoder import LINEAR_GROUPS, DecoderLayer
 from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name, open_source
 from llmopt.progress import Progress, silent
-from llmopt.quant.calibration import CalibrationSweep, calibration_tokens
+from llmopt.quant.calibration import CalibrationSweep
 from llmopt.quant.export import Exporter, open_exporter
 from llmopt.quant.manifest import build_manifest
 from llmopt.quant.methods.base import LayerResult, ModuleReport
 from llmopt.quant.recipe import Recipe, resolve
+from llmopt.quant.samples import calibration_tokens
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
 
