@@ -10,6 +10,7 @@ from llmopt.backend.base import KVCache, Linear, PagedBatch
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.errors import InputError
 from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
+from llmopt.weights.numbers import INT
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
 HEAD_STEP = 16  # the attention kernel reads heads in whole vectors
@@ -133,7 +134,7 @@ def packed(weights: list[QuantizedTensor], bias: Tensor | None) -> PackedWeight:
         bias=bias,
         order=order,
         bits=first.bits,
-        integer_activations=first.activation_bits is not None,
+        integer_activations=first.activations is not None,
     )
 
 
@@ -152,7 +153,7 @@ def same_kind(a: Weight, b: Weight) -> bool:
     """Whether two weights differ in nothing but their numbers and their outputs."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor)
-    kinds = [(w.bits, w.activation_bits, w.zeros is None, w.scales.shape[1]) for w in (a, b)]
+    kinds = [(w.number, w.bits, w.activations, w.zeros is None, w.minimums is None, w.scales.shape[1]) for w in (a, b)]
     if a.group_index is None or b.group_index is None:
         return kinds[0] == kinds[1] and a.group_index is b.group_index
     return kinds[0] == kinds[1] and torch.equal(a.group_index, b.group_index)
@@ -160,9 +161,13 @@ def same_kind(a: Weight, b: Weight) -> bool:
 
 def why_not(weight: QuantizedTensor) -> str | None:
     """What about this weight the kernels cannot do, or None."""
-    if weight.activation_bits is not None:
-        if weight.activation_bits != 8:
-            return f"activations are rounded to 8 bits only, not {weight.activation_bits}"
+    if weight.number != INT:
+        return f"weights in {weight.number} have no kernel"
+    if weight.minimums is not None:
+        return "weights whose groups have minimums in place of zero points have no kernel"
+    if weight.activations is not None:
+        if weight.activations != "int8":
+            return f"activations are rounded to int8 only, not {weight.activations}"
         if weight.scales.shape[1] != 1 or weight.zeros is not None:
             return "activations of 8 bits need symmetric weights with one scale a row, without groups"
         if weight.shape[1] > MOST_INTEGER_INPUTS:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmopt.backend.base import Backend, KVCache, Linear, PagedBatch
 from llmopt.errors import InputError
+from llmopt.weights.numbers import FP8, LARGEST, rounded
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
 PADDING = 64  # tokens of padding that cost less than another call
@@ -16,19 +17,19 @@ PADDING = 64  # tokens of padding that cost less than another call
 class ReferenceLinear(Linear):
     """A matrix in floating point, dequantized when it was packed.
 
-    Where the scheme rounds activations at run time (`activation_bits`), so does this: that is part of what the
+    Where the scheme rounds activations at run time (`activations`), so does this: that is part of what the
     artifact means, not a shortcut of a kernel. Nothing else is rounded.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation_bits: int | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activations: str | None) -> None:
         self.weight = weight
         self.bias = bias
-        self.activation_bits = activation_bits
+        self.activations = activations
         self.out_features, self.in_features = weight.shape
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.activation_bits is not None:
-            x = round_activations(x, self.activation_bits)
+        if self.activations is not None:
+            x = round_activations(x, self.activations)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -42,12 +43,12 @@ class ReferenceBackend(Backend):
         self.dtype = dtype
 
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
-        activation_bits = {w.activation_bits if isinstance(w, QuantizedTensor) else None for w in weights}
-        if len(activation_bits) > 1:
-            raise InputError("some weights that share an input round it to 8 bits and some do not; all or none must")
+        activations = {w.activations if isinstance(w, QuantizedTensor) else None for w in weights}
+        if len(activations) > 1:
+            raise InputError("some weights that share an input round it and some do not, or otherwise; all must do the same")
         dense = [w.dequantize(self.dtype) if isinstance(w, QuantizedTensor) else w.to(self.dtype) for w in weights]
         matrix = dense[0] if len(dense) == 1 else torch.cat(dense)
-        return ReferenceLinear(matrix.to(self.device), self.join_biases(weights, biases), activation_bits.pop())
+        return ReferenceLinear(matrix.to(self.device), self.join_biases(weights, biases), activations.pop())
 
     def join_biases(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Tensor | None:
         """The biases of several weights as one vector, zeros where one has none; None where none has one."""
@@ -163,9 +164,13 @@ def causal_mask(queries: int, context: int, window: int | None, device: torch.de
     return mask if window is None else mask & (column > row - window)
 
 
-def round_activations(x: Tensor, bits: int) -> Tensor:
-    """Round each row of x to symmetric integer codes of its own scale, absmax / (2^(bits-1) - 1), and back."""
-    largest = (1 << (bits - 1)) - 1
+def round_activations(x: Tensor, number: str) -> Tensor:
+    """Round each row of x to `int8` or `fp8` numbers with a scale of its own, symmetric, and back.
+
+    The scale puts the row's largest value on the largest number, 127 or 448.
+    """
+    largest = 127.0 if number == "int8" else LARGEST[FP8]
     scale = x.abs().amax(-1, keepdim=True).float() / largest
     scale = torch.where(scale == 0, 1.0, scale)  # an all-zero row stays zero
-    return ((x.float() / scale).round() * scale).to(x.dtype)
+    scaled = x.float() / scale
+    return ((scaled.round() if number == "int8" else rounded(scaled, FP8, 0)) * scale).to(x.dtype)

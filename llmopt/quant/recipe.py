@@ -106,7 +106,7 @@ def resolve(
         seed=seed,
         device=find_device("auto", device),
     )
-    if chosen.activation_bits is not None:
+    if chosen.activations is not None:
         _check_shared_inputs(recipe.ignores, config)
     return recipe
 
@@ -125,9 +125,9 @@ def check_combination(method: str, scheme: Scheme, format: str, output: str, des
         if is_gguf_file:
             raise InputError(f"{output} names a GGUF file, but the format is {format}; give a folder or --format gguf")
         FORMATS[format].check(scheme)
-    if method == "awq" and scheme.activation_bits is not None:
+    if method == "awq" and scheme.activations is not None:
         raise InputError(f"awq does not go with {scheme.name}, which rounds activations; rtn does")
-    if method == "gptq" and scheme.activation_bits is not None:
+    if method == "gptq" and scheme.activations is not None:
         raise InputError(f"gptq does not go with {scheme.name}, which rounds activations; rtn does")
     if desc_act and (method, format) != ("gptq", "gptq"):
         raise InputError("--desc-act needs --method gptq and --format gptq, the only format with a group index")

@@ -5,28 +5,65 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmopt.weights.numbers import INT, values_of
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """Numbers [rows, groups] stored in a few bits each, times factors that runs of groups share.
+
+    Attributes:
+        values: [rows, groups], of any dtype.
+        factors: floating point [rows or 1, runs], where runs divides groups.
+    """
+
+    values: Tensor
+    factors: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def float(self) -> Tensor:
+        """float32 [rows, groups]."""
+        runs = self.factors.shape[1]
+        return (self.values.float().unflatten(1, (runs, -1)) * self.factors.float()[..., None]).flatten(1)
+
+    def __getitem__(self, rows: Tensor) -> "TwoLevel":
+        return TwoLevel(self.values[rows], self.factors if self.factors.shape[0] == 1 else self.factors[rows])
+
+
+Scales = Tensor | TwoLevel
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight matrix [out, in] in integer codes: ``w[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g])``.
+    """A weight matrix [out, in] in codes: ``w[o, i] = scales[o, g] * (value(codes[o, i]) - zeros[o, g])``, or with
+    minimums ``w[o, i] = scales[o, g] * codes[o, i] + minimums[o, g]``.
 
-    ``g`` is the group of input ``i``: ``group_index[i]``, or ``i // group_size`` where there is no index.
+    ``g`` is the group of input ``i``: ``group_index[i]``, or ``i // group_size`` where there is no index. The value of
+    a code is the code itself, but for the floating-point kinds of number.
 
     Attributes:
         codes: uint8 [out, in], each in 0 .. 2**bits - 1, one code a byte.
-        scales: floating point [out, groups].
-        zeros: uint8 [out, groups], or None where every zero point is the middle code, 2**(bits - 1).
+        scales: floating point [out, groups], or in two levels.
+        zeros: uint8 [out, groups], or None: then every zero point of integer codes without minimums is the middle
+            code, 2**(bits - 1), and that of floating-point codes is 0.
         group_index: int32 [in], or None where groups are runs of equal length.
         bits: width of a code, 2 to 8.
-        activation_bits: 8 where the scheme also rounds activations, per token, symmetric; else None.
+        activations: `int8` or `fp8` where the scheme also rounds activations, per token, symmetric; else None.
+        number: `int`, `fp4` or `fp8`, the kind of number that a code stands for.
+        minimums: what code 0 stands for, floating point [out, groups] or in two levels; None where there are none.
     """
 
     codes: Tensor
-    scales: Tensor
+    scales: Scales
     zeros: Tensor | None
     group_index: Tensor | None
     bits: int
-    activation_bits: int | None = None
+    activations: str | None = None
+    number: str = INT
+    minimums: Scales | None = None
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes.shape
@@ -35,8 +72,11 @@ class QuantizedTensor:
             raise ValueError(f"codes are {self.codes.dtype}, not uint8")
         if self.scales.shape[0] != out_features:
             raise ValueError(f"{self.scales.shape[0]} rows of scales for {out_features} rows of codes")
-        if self.zeros is not None and self.zeros.shape != self.scales.shape:
-            raise ValueError(f"zeros are {tuple(self.zeros.shape)}, scales {tuple(self.scales.shape)}")
+        for name, others in (("zeros", self.zeros), ("minimums", self.minimums)):
+            if others is not None and others.shape != self.scales.shape:
+                raise ValueError(f"{name} are {tuple(others.shape)}, scales {tuple(self.scales.shape)}")
+        if self.zeros is not None and (self.minimums is not None or self.number != INT):
+            raise ValueError("zero points go with integer codes that have no minimums")
         if self.group_index is None and in_features % groups:
             raise ValueError(f"{groups} groups do not divide {in_features} inputs")
         if self.group_index is not None and self.group_index.shape != (in_features,):
@@ -56,6 +96,10 @@ class QuantizedTensor:
         """The zero point of a symmetric code."""
         return 1 << (self.bits - 1)
 
+    @property
+    def is_symmetric(self) -> bool:
+        return self.zeros is None and self.minimums is None
+
     def groups(self) -> Tensor:
         """int64 [in]: the group of each input."""
         if self.group_index is not None:
@@ -64,18 +108,26 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in floating point, [out, in]; computed in float32 and then rounded to `dtype`."""
-        scales = self.scales.float()
-        zeros = self.zeros.float() if self.zeros is not None else torch.full_like(scales, self.middle)
+        columns: slice | Tensor = slice(None)
         if self.group_index is None:
-            grouped = self.codes.float().unflatten(1, (scales.shape[1], self.group_size))
-            return ((grouped - zeros[..., None]) * scales[..., None]).flatten(1).to(dtype)
-        groups = self.groups()
-        return ((self.codes.float() - zeros[:, groups]) * scales[:, groups]).to(dtype)
+            values = values_of(self.codes, self.number).unflatten(1, (self.scales.shape[1], self.group_size))
+        else:
+            columns = self.groups()
+            values = values_of(self.codes, self.number)[..., None]
+        scales = self.scales.float()[:, columns, None]
+        if self.minimums is not None:
+            return (values.mul_(scales) + self.minimums.float()[:, columns, None]).flatten(1).to(dtype)
+        if self.zeros is not None:
+            values -= self.zeros[:, columns, None]
+        elif self.number == INT:
+            values -= self.middle
+        return values.mul_(scales).flatten(1).to(dtype)
 
     def select_rows(self, rows: Tensor) -> "QuantizedTensor":
         """The outputs of these row numbers (int64), in that order."""
         zeros = None if self.zeros is None else self.zeros[rows]
-        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
+        minimums = None if self.minimums is None else self.minimums[rows]
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros, minimums=minimums)
 
     def plain_order(self) -> "QuantizedTensor":
         """The same tensor without a group index where that index only says what the default says."""

@@ -31,7 +31,7 @@ def random_weight(
     *,
     symmetric: bool = True,
     act_order: bool = False,
-    activation_bits: int | None = None,
+    activations: str | None = None,
     spread: float = 1.0,
     seed: int = 0,
 ) -> QuantizedTensor:
@@ -43,7 +43,7 @@ def random_weight(
     zeros = torch.randint(0, most, (out, groups), generator=generator, dtype=torch.uint8)
     index = (torch.arange(wide) // group_size)[torch.randperm(wide, generator=generator)].int()
     return QuantizedTensor(
-        codes, scales, None if symmetric else zeros, index if act_order else None, bits, activation_bits
+        codes, scales, None if symmetric else zeros, index if act_order else None, bits, activations
     )
 
 
@@ -141,7 +141,7 @@ def test_scales_of_every_dtype_keep_their_value(name, dtype, scales):
 @settings(max_examples=20, deadline=None)
 @given(out=st.integers(1, 100), width=st.integers(1, 130), bits=st.sampled_from([4, 8]), seed=st.integers(0, 2**31))
 def test_int8_activations_agree_with_the_reference(name, tokens, out, width, bits, seed):
-    weight = random_weight(out, 1, width, bits, activation_bits=8, seed=seed)
+    weight = random_weight(out, 1, width, bits, activations="int8", seed=seed)
     x = activations(tokens, width, seed)
     x[-1] = 0
     check_same(BACKENDS[name, 2], [weight], [torch.linspace(-1, 1, out)], x)
@@ -151,7 +151,7 @@ def test_int8_activations_agree_with_the_reference(name, tokens, out, width, bit
 @pytest.mark.parametrize("value", [0, 255])
 def test_int8_sums_are_exact_where_products_are_largest(name, value):
     """Pairs of 255 * 127 do not fit 16 bits: an instruction that saturates would be found here."""
-    weight = random_weight(17, 1, 4096, 8, activation_bits=8)
+    weight = random_weight(17, 1, 4096, 8, activations="int8")
     weight.codes[:] = value
     weight.scales[:] = 1.0
     x = torch.full((2, 4096), 127.0)
@@ -162,17 +162,17 @@ def test_int8_sums_are_exact_where_products_are_largest(name, value):
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_int8_codes_round_halves_to_even(name):
     """With a scale of 1 (the largest is 127), 0.5 becomes 0, 1.5 and 2.5 become 2."""
-    weight = random_weight(1, 1, 4, 8, activation_bits=8)
+    weight = random_weight(1, 1, 4, 8, activations="int8")
     weight.codes[:] = torch.tensor([128, 129, 129, 129], dtype=torch.uint8)
     weight.scales[:] = 1.0
     result = BACKENDS[name, 1].pack([weight], [None])(torch.tensor([[127.0, 0.5, 1.5, 2.5]]))
     assert result.item() == 0 + 2 + 2
 
 
-@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("rounding", [None, "int8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(activation_bits, bad):
-    weight = random_weight(20, 1, 64, 8, activation_bits=activation_bits)
+def test_what_is_not_finite_is_not_hidden(rounding, bad):
+    weight = random_weight(20, 1, 64, 8, activations=rounding)
     x = activations(3, 64)
     x[1, 5] = bad
     result = BACKENDS[INSTRUCTION_SETS[0], 1].pack([weight], [None])(x)
@@ -225,8 +225,8 @@ def test_groups_of_unequal_size():
 @pytest.mark.parametrize(
     ("weight", "word"),
     [
-        (random_weight(8, 2, 32, 8, activation_bits=8), "one scale a row"),
-        (random_weight(8, 1, 64, 8, activation_bits=8, symmetric=False), "symmetric"),
+        (random_weight(8, 2, 32, 8, activations="int8"), "one scale a row"),
+        (random_weight(8, 1, 64, 8, activations="int8", symmetric=False), "symmetric"),
         (unequal_groups([61, 1, 1, 1]), "unequal"),
     ],
 )

@@ -86,7 +86,7 @@ def test_written_codes_are_those_the_method_chose(tiny_model, tmp_path: Path, mo
             found = source.weight(name)
             assert isinstance(found, QuantizedTensor)
             torch.testing.assert_close(found.dequantize(), weight.dequantize(), atol=0, rtol=0)
-            assert found.activation_bits == weight.activation_bits
+            assert found.activations == weight.activations
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "q4_0.gguf"])

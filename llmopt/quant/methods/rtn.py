@@ -41,5 +41,5 @@ def from_codes(codes: Tensor, grid: Grid, scheme: Scheme, group_index: Tensor | 
         zeros=None if scheme.symmetric else grid.zero.to(torch.uint8),
         group_index=group_index,
         bits=scheme.bits,
-        activation_bits=scheme.activation_bits,
+        activations=scheme.activations,
     )

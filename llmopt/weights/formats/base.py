@@ -118,7 +118,7 @@ def expect(module: str, weight: QuantizedTensor, bits: int, symmetric: bool, gro
     `group_size` is None for one group a row.
     """
     groups = 1 if group_size is None else -(-weight.shape[1] // group_size)
-    if weight.bits != bits or (weight.zeros is None) != symmetric or weight.scales.shape[1] != groups:
+    if weight.bits != bits or weight.is_symmetric != symmetric or weight.scales.shape[1] != groups:
         raise LlmoptError(
             f"{module} is in {weight.bits} bits, {'symmetric' if weight.zeros is None else 'asymmetric'}, "
             f"{weight.scales.shape[1]} groups; its checkpoint's settings say {bits} bits, "

@@ -84,7 +84,7 @@ class CompressedTensors(Format):
         layout: `pack-quantized` or `int-quantized`.
         bits: 4 or 8.
         group_size: -1 for one group a row.
-        activation_bits: 8 where activations are rounded too, per token; else None.
+        activations: `int8` where activations are rounded too, per token; else None.
         group_index: each module has the group of each input.
         ignore: modules that stay dense.
     """
@@ -95,7 +95,7 @@ class CompressedTensors(Format):
     layout: str
     bits: int
     group_size: int
-    activation_bits: int | None = None
+    activations: str | None = None
     group_index: bool = False
     ignore: tuple[str, ...] = ("lm_head",)
 
@@ -112,8 +112,8 @@ class CompressedTensors(Format):
             raise InputError("compressed-tensors stores no group index, so --desc-act cannot be written to it")
         if scheme.group_size is None:
             raise ValueError("the group size is not settled")
-        layout = INTEGER if scheme.activation_bits else PACKED
-        return cls(layout, scheme.bits, scheme.group_size, scheme.activation_bits, False, tuple(ignore))
+        layout = INTEGER if scheme.activations else PACKED
+        return cls(layout, scheme.bits, scheme.group_size, scheme.activations, False, tuple(ignore))
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
@@ -134,7 +134,7 @@ class CompressedTensors(Format):
         size = PER_CHANNEL if weights.strategy == "channel" or weights.group_size is None else weights.group_size
         indexed = weights.actorder in ("group", True)
         return cls(
-            layout, weights.num_bits, size, 8 if group.input_activations else None, indexed, tuple(read.ignore or ())
+            layout, weights.num_bits, size, "int8" if group.input_activations else None, indexed, tuple(read.ignore or ())
         )
 
     def config(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class CompressedTensors(Format):
                 "group_0": {
                     "targets": ["Linear"],
                     "weights": weights,
-                    "input_activations": activations if self.activation_bits else None,
+                    "input_activations": activations if self.activations else None,
                     "output_activations": None,
                     "format": self.layout,
                 }
@@ -169,9 +169,9 @@ class CompressedTensors(Format):
 
     def encode(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         expect(module, weight, self.bits, True, None if self.group_size == PER_CHANNEL else self.group_size)
-        if weight.activation_bits != self.activation_bits:
+        if weight.activations != self.activations:
             raise LlmoptError(
-                f"{module} rounds activations to {weight.activation_bits} bits, not {self.activation_bits}"
+                f"{module} rounds activations to {weight.activations}, not {self.activations}"
             )
         if weight.group_index is not None:
             raise LlmoptError(f"{module} has a group index, which {self.name} cannot store")
@@ -196,7 +196,7 @@ class CompressedTensors(Format):
             raise InputError(f"{module}.weight_scale has {groups} groups, which do not divide {in_features} inputs")
         if index is not None and not 0 <= int(index.min()) <= int(index.max()) < groups:
             raise InputError(f"{module}.weight_g_idx names groups that are not among the {groups} of its scales")
-        return QuantizedTensor(codes, scales, None, index, self.bits, self.activation_bits).plain_order()
+        return QuantizedTensor(codes, scales, None, index, self.bits, self.activations).plain_order()
 
     def _integer_codes(self, module: str, load: Load) -> Tensor:
         stored = load_as(load, f"{module}.weight", (None, None), torch.int8)

@@ -16,7 +16,7 @@ def make_weight(
     symmetric: bool,
     *,
     act_order: bool = False,
-    activation_bits: int | None = None,
+    activations: str | None = None,
     seed: int = 0,
 ) -> QuantizedTensor:
     """A weight whose last group is short where the group size does not divide the inputs."""
@@ -30,11 +30,11 @@ def make_weight(
         index = index[torch.randperm(in_features, generator=generator)]
     elif in_features % group_size == 0:
         index = None
-    return QuantizedTensor(codes, scales, None if symmetric else zeros, index, bits, activation_bits)
+    return QuantizedTensor(codes, scales, None if symmetric else zeros, index, bits, activations)
 
 
 def check_same(left: QuantizedTensor, right: QuantizedTensor) -> None:
-    assert (left.bits, left.activation_bits) == (right.bits, right.activation_bits)
+    assert (left.bits, left.activations) == (right.bits, right.activations)
     for name in ("codes", "scales", "zeros", "group_index"):
         mine, other = getattr(left, name), getattr(right, name)
         assert (mine is None) == (other is None), name

@@ -34,7 +34,7 @@ def test_round_trip(weight, same, name: str, outputs: int, groups: int, group_si
     written = settled(name, group_size)
     inputs = groups * group_size
     size = inputs if written.layout == INTEGER else group_size
-    original = weight(outputs, inputs, size, written.bits, True, activation_bits=written.activation_bits, seed=seed)
+    original = weight(outputs, inputs, size, written.bits, True, activations=written.activations, seed=seed)
     same(find_format(written.config()).decode("m", written.encode("m", original).__getitem__), original)
 
 
@@ -108,7 +108,7 @@ def rounded(dense: torch.Tensor, written: CompressedTensors) -> QuantizedTensor:
     scales = (groups.abs().amax(dim=2) / (2 ** (written.bits - 1) - 0.5)).half()
     middle = 1 << (written.bits - 1)
     codes = torch.round(groups / scales[..., None].float()).add(middle).clamp(0, 2 * middle - 1)
-    return QuantizedTensor(codes.flatten(1).to(torch.uint8), scales, None, None, written.bits, written.activation_bits)
+    return QuantizedTensor(codes.flatten(1).to(torch.uint8), scales, None, None, written.bits, written.activations)
 
 
 def test_an_older_checkpoint_with_a_group_index_is_read(weight, same) -> None:
@@ -199,7 +199,7 @@ def test_4_bit_codes_outside_their_range_are_refused() -> None:
     ("change", "message"),
     [
         ({"scales": torch.full((4, 4), float("inf"))}, "float16"),
-        ({"activation_bits": 8}, "rounds activations"),
+        ({"activations": 8}, "rounds activations"),
         ({"group_index": torch.zeros(32, dtype=torch.int32)}, "group index"),
         ({"zeros": torch.zeros(4, 4, dtype=torch.uint8)}, "asymmetric"),
     ],
