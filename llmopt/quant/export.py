@@ -48,9 +48,7 @@ def open_exporter(recipe: Recipe, source: ModelSource, overwrite: bool) -> Itera
 
     Raises InputError where the output is taken, or is where the source is.
     """
-    output, origin = Path(recipe.output).expanduser().resolve(), source.path.resolve()
-    if output == origin or output in origin.parents:
-        raise InputError(f"the output {recipe.output} is, or holds, the model that is read; choose another output")
+    check_output(recipe, source)
     if recipe.format == "gguf":
         with ArtifactFile(recipe.output, overwrite) as path:
             with path.open("wb") as file:
@@ -62,6 +60,13 @@ def open_exporter(recipe: Recipe, source: ModelSource, overwrite: bool) -> Itera
     else:
         with ArtifactFolder(recipe.output, overwrite, marker=MANIFEST) as folder:
             yield FolderExporter(recipe, source, folder)
+
+
+def check_output(recipe: Recipe, source: ModelSource) -> None:
+    """Raise InputError where the output would take the place of the model that is read."""
+    output, origin = Path(recipe.output).expanduser().resolve(), source.path.resolve()
+    if output == origin or output in origin.parents:
+        raise InputError(f"the output {recipe.output} is, or holds, the model that is read; choose another output")
 
 
 def parameter_order(source: ModelSource) -> dict[str, tuple[int, ...]]:
@@ -103,26 +108,30 @@ class FolderExporter(Exporter):
 
     def finish(self, manifest: dict[str, Any]) -> None:
         self.shards.close()
-        write_tokenizer(self.source, self.folder)
-        quantization = self.format.config()
-        self._write("config.json", self._config(quantization))
-        if self.source.generation_config:  # an empty one would hide config.json's end token
-            self._write("generation_config.json", self.source.generation_config)
-        if self.format.name == "gptq":  # where auto-gptq looks
-            self._write("quantize_config.json", quantization)
-        self._write(MANIFEST, manifest)
+        finish_folder(self.source, self.folder, self.dtype_name, self.format.config(), manifest)
 
-    def _config(self, quantization: dict[str, Any]) -> dict[str, Any]:
-        config = {key: value for key, value in self.source.hf_config.items() if key not in ("dtype", "torch_dtype")}
-        # Both names: transformers 4 knows the second only.
-        return config | {
-            "dtype": self.dtype_name,
-            "torch_dtype": self.dtype_name,
-            "quantization_config": quantization,
-        }
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        (self.folder / name).write_text(_json(content), encoding="utf-8")
+def finish_folder(
+    source: ModelSource, folder: Path, dtype_name: str, quantization: dict[str, Any], manifest: dict[str, Any]
+) -> None:
+    """Write what a Hugging Face folder holds beside its weights: tokenizer, configuration, `llmopt.json`.
+
+    `dtype_name` is that of the weights that are not quantized, `quantization` the `quantization_config`.
+    """
+
+    def write(name: str, content: dict[str, Any]) -> None:
+        (folder / name).write_text(_json(content), encoding="utf-8")
+
+    write_tokenizer(source, folder)
+    config = {key: value for key, value in source.hf_config.items() if key not in ("dtype", "torch_dtype")}
+    # Both names: transformers 4 knows the second only.
+    dtypes = {"dtype": dtype_name, "torch_dtype": dtype_name}
+    write("config.json", config | dtypes | {"quantization_config": quantization})
+    if source.generation_config:  # an empty one would hide config.json's end token
+        write("generation_config.json", source.generation_config)
+    if quantization["quant_method"] == "gptq":  # where auto-gptq looks
+        write("quantize_config.json", quantization)
+    write(MANIFEST, manifest)
 
 
 class GGUFExporter(Exporter):
