@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import InputError
-from llmopt.weights.formats.gguf_blocks import CODE_BITS, decode_blocks
+from llmopt.weights.formats.gguf_blocks import BLOCK_TYPES, decode_blocks
 from llmopt.weights.gguf_file import GGUFFile
 from llmopt.weights.quantized import Weight
 
@@ -17,12 +17,12 @@ CHUNK_BYTES = 1 << 20  # decoded at a time: gguf's decoders need some twenty tim
 def load(file: GGUFFile, name: str) -> Weight:
     """A tensor as it is stored, where that can be kept.
 
-    Returns: a QuantizedTensor for a matrix in Q8_0 or Q4_0; a Tensor of its own dtype for float32, float16 and
-    bfloat16; for other block types the decoded values, float32. Raises InputError for a missing tensor and for a type
-    that cannot be decoded.
+    Returns: a QuantizedTensor for a matrix in one of `BLOCK_TYPES`; a Tensor of its own dtype for float32, float16
+    and bfloat16; for other types and shapes the decoded values, float32. Raises InputError for a missing tensor and
+    for a type that cannot be decoded.
     """
     info = file.info(name)
-    if info.type in CODE_BITS and len(info.shape) == 2:
+    if info.type in BLOCK_TYPES and len(info.shape) == 2:
         # A copy, because torch wants memory that may be written to and the file's is not.
         return decode_blocks(info.type, torch.from_numpy(file.raw(name).copy()).view(info.shape[0], -1))
     if info.type in FLOATS:

@@ -116,7 +116,7 @@ class QuantizedTensor:
             values = values_of(self.codes, self.number)[..., None]
         scales = self.scales.float()[:, columns, None]
         if self.minimums is not None:
-            return (values.mul_(scales) + self.minimums.float()[:, columns, None]).flatten(1).to(dtype)
+            return values.mul_(scales).add_(self.minimums.float()[:, columns, None]).flatten(1).to(dtype)
         if self.zeros is not None:
             values -= self.zeros[:, columns, None]
         elif self.number == INT:

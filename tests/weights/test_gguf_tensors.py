@@ -7,6 +7,7 @@ import torch
 
 from llmopt.errors import InputError
 from llmopt.weights import gguf_tensors
+from llmopt.weights.formats.gguf_blocks import BLOCK_TYPES
 from llmopt.weights.gguf_file import TENSOR_TYPES, GGUFFile
 from llmopt.weights.gguf_writer import GGUFWriter
 from llmopt.weights.quantized import QuantizedTensor
@@ -40,13 +41,14 @@ def test_floats_keep_their_dtype(path, kind):
     assert torch.equal(gguf_tensors.dense(file, "w"), values.float())
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_matrices_in_simple_blocks_stay_quantized(path, kind):
-    blocks = gguf.quantize(np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32), _type(kind))
-    file = open_with(path, "w", (5, 64), kind, torch.from_numpy(blocks))
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_matrices_in_blocks_of_codes_stay_quantized(path, kind):
+    block, size = BLOCKS[kind]
+    blocks = torch.randint(0, 0x40, (5, 2 * size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    file = open_with(path, "w", (5, 2 * block), kind, blocks)
     loaded = gguf_tensors.load(file, "w")
     assert isinstance(loaded, QuantizedTensor)
-    assert np.array_equal(loaded.dequantize().numpy(), gguf.dequantize(blocks, _type(kind)))
+    assert np.array_equal(loaded.dequantize().numpy(), gguf.dequantize(blocks.numpy(), _type(kind)))
     assert torch.equal(gguf_tensors.dense(file, "w"), loaded.dequantize())
 
 
