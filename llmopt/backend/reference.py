@@ -30,23 +30,35 @@ class ReferenceLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         if self.activations is not None:
             x = round_activations(x, self.activations)
-        return F.linear(x, self.weight, self.bias)
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        product = F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        return product if self.bias is None else product.add_(self.bias)
 
 
 class ReferenceBackend(Backend):
-    """Plain torch on one device, activations in one dtype."""
+    """Plain torch on one device, activations in one dtype, and matrix products in that or another."""
 
     name = "reference"
 
-    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        products: torch.dtype | None = None,
+    ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
+        self.products = products or dtype
 
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
         activations = {w.activations if isinstance(w, QuantizedTensor) else None for w in weights}
         if len(activations) > 1:
-            raise InputError("some weights that share an input round it and some do not, or otherwise; all must do the same")
-        dense = [w.dequantize(self.dtype) if isinstance(w, QuantizedTensor) else w.to(self.dtype) for w in weights]
+            raise InputError(
+                "weights that share an input must all round it, to the same kind of number, or none of them"
+            )
+        dtype = self.products
+        dense = [w.dequantize(dtype) if isinstance(w, QuantizedTensor) else w.to(dtype) for w in weights]
         matrix = dense[0] if len(dense) == 1 else torch.cat(dense)
         return ReferenceLinear(matrix.to(self.device), self.join_biases(weights, biases), activations.pop())
 

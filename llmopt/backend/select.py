@@ -60,6 +60,18 @@ def _compiled_backend(name: str) -> Backend:
     return CpuBackend(torch.get_num_threads())
 
 
+def fast_products(device: str) -> torch.dtype:
+    """The dtype in which this machine multiplies matrices fastest with float32 sums: bfloat16 where it has
+    instructions for it, else float32."""
+    if device == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.backends.mkldnn.is_available() and _has_bfloat16_products() else torch.float32
+
+
+def _has_bfloat16_products() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def _check_known(name: str, dtype: str) -> None:
     for flag, value, known in (
         ("backend", name, get_args(BackendName)),

@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt.backend.base import Backend, Linear
-from llmopt.backend.reference import causal_mask
+from llmopt.backend.base import Linear
+from llmopt.backend.reference import ReferenceBackend, causal_mask
 from llmopt.model import rope
 from llmopt.model.config import ModelConfig
 from llmopt.model.decoder import LINEAR_GROUPS, DecoderLayer
-from llmopt.model.source import ModelSource, as_dense
+from llmopt.model.source import ModelSource
 from llmopt.quant.methods.base import InputStatistics
+from llmopt.weights.quantized import QuantizedTensor, Weight
 
 TOKENS_AT_ONCE = 4096  # bounds the activations in memory; more gains no speed
 
@@ -22,20 +23,30 @@ class CalibrationSweep:
     the quantized layer lets later layers see, and make up for, the errors of the earlier ones.
     """
 
-    def __init__(self, source: ModelSource, tokens: Tensor, backend: Backend) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        tokens: Tensor,
+        backend: ReferenceBackend,
+        with_gram: bool = True,
+        keep_rows: int = 0,
+    ) -> None:
+        """`with_gram` and `keep_rows` say what to keep of the inputs; see `InputStatistics`."""
         self.config: ModelConfig = source.config
+        self.backend = backend
+        self.with_gram, self.keep_rows = with_gram, keep_rows
         self.length = tokens.shape[1]
         frequencies = rope.frequencies(self.config.rope, self.config.head_dim)
         positions = torch.arange(self.length)
         self.cos, self.sin = (t.to(backend.device) for t in rope.angles(positions, frequencies))
-        embedding = backend.embedding(as_dense(source.embedding))
         per_batch = max(1, TOKENS_AT_ONCE // self.length)
-        self.batches = [F.embedding(part.to(backend.device), embedding) for part in tokens.split(per_batch)]
+        table = source.embedding
+        self.batches = [rows(table, part).to(backend.device, backend.dtype) for part in tokens.split(per_batch)]
 
     @torch.inference_mode()
     def observe(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
         """What each group of linear layers is given, over all samples."""
-        observed = {group: Observed(getattr(layer, group)) for group in LINEAR_GROUPS}
+        observed = {group: Observed(getattr(layer, group), self.with_gram, self.keep_rows) for group in LINEAR_GROUPS}
         for group, linear in observed.items():
             setattr(layer, group, linear)
         for hidden in self.batches:
@@ -55,21 +66,29 @@ class CalibrationSweep:
 
     def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Causal attention within each sample."""
-        q, k, v = (t.unflatten(0, (-1, self.length)).transpose(1, 2) for t in (queries, keys, values))
+        fast = self.backend.products
+        q, k, v = (t.to(fast).unflatten(0, (-1, self.length)).transpose(1, 2) for t in (queries, keys, values))
         window = self.config.windows[layer]
         mask = None if window is None else causal_mask(self.length, self.length, window, q.device)
         scale = self.config.head_dim**-0.5
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
+        return out.transpose(1, 2).flatten(0, 1).to(queries.dtype)
+
+
+def rows(table: Weight, tokens: Tensor) -> Tensor:
+    """float32 [..., width]: the rows of an embedding, without a copy of all of it in floating point."""
+    if isinstance(table, QuantizedTensor):
+        return table.select_rows(tokens.flatten()).dequantize().unflatten(0, tokens.shape)
+    return F.embedding(tokens, table).float()
 
 
 class Observed(Linear):
     """A linear operation that keeps statistics of its inputs."""
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Linear, with_gram: bool, keep_rows: int) -> None:
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.statistics = InputStatistics(linear.in_features)
+        self.statistics = InputStatistics(linear.in_features, with_gram, keep_rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         self.statistics.add(x)

@@ -16,6 +16,7 @@ from llmopt.model.decoder import linear_names
 from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name
 from llmopt.model.tokenizer_files import gguf_tokenizer_entries, write_tokenizer
 from llmopt.quant.methods.rtn import round_to_nearest
+from llmopt.quant.options import Export
 from llmopt.quant.recipe import Recipe
 from llmopt.weights.artifact import ArtifactFile, ArtifactFolder
 from llmopt.weights.formats import FORMATS
@@ -33,6 +34,7 @@ _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
 class Exporter(ABC):
     """Takes a model's parameters by name, in the order of `parameter_order`, then the manifest."""
 
+    export: Export
     size_bytes: int
 
     @abstractmethod
@@ -43,30 +45,30 @@ class Exporter(ABC):
 
 
 @contextmanager
-def open_exporter(recipe: Recipe, source: ModelSource, overwrite: bool) -> Iterator[Exporter]:
-    """The exporter of a recipe's format. What it writes appears under the output's name when the block ends well.
+def open_exporter(export: Export, recipe: Recipe, source: ModelSource, overwrite: bool) -> Iterator[Exporter]:
+    """The exporter of one artifact. What it writes appears under the output's name when the block ends well.
 
     Raises InputError where the output is taken, or is where the source is.
     """
-    check_output(recipe, source)
-    if recipe.format == "gguf":
-        with ArtifactFile(recipe.output, overwrite) as path:
+    check_output(export.output, source)
+    if export.format == "gguf":
+        with ArtifactFile(export.output, overwrite) as path:
             with path.open("wb") as file:
-                exporter = GGUFExporter(recipe, source, file)
+                exporter = GGUFExporter(export, recipe, source, file)
                 yield exporter
             # Before the file itself appears, so that no artifact is ever without its manifest.
-            with ArtifactFile(f"{recipe.output}.{MANIFEST}", overwrite=True) as beside:
+            with ArtifactFile(f"{export.output}.{MANIFEST}", overwrite=True) as beside:
                 beside.write_text(_json(exporter.manifest), encoding="utf-8")
     else:
-        with ArtifactFolder(recipe.output, overwrite, marker=MANIFEST) as folder:
-            yield FolderExporter(recipe, source, folder)
+        with ArtifactFolder(export.output, overwrite, marker=MANIFEST) as folder:
+            yield FolderExporter(export, recipe, source, folder)
 
 
-def check_output(recipe: Recipe, source: ModelSource) -> None:
+def check_output(output: str, source: ModelSource) -> None:
     """Raise InputError where the output would take the place of the model that is read."""
-    output, origin = Path(recipe.output).expanduser().resolve(), source.path.resolve()
-    if output == origin or output in origin.parents:
-        raise InputError(f"the output {recipe.output} is, or holds, the model that is read; choose another output")
+    place, origin = Path(output).expanduser().resolve(), source.path.resolve()
+    if place == origin or place in origin.parents:
+        raise InputError(f"the output {output} is, or holds, the model that is read; choose another output")
 
 
 def parameter_order(source: ModelSource) -> dict[str, tuple[int, ...]]:
@@ -84,13 +86,13 @@ def parameter_order(source: ModelSource) -> dict[str, tuple[int, ...]]:
 class FolderExporter(Exporter):
     """A Hugging Face folder: safetensors, configuration, tokenizer, `llmopt.json`."""
 
-    def __init__(self, recipe: Recipe, source: ModelSource, folder: Path) -> None:
+    def __init__(self, export: Export, recipe: Recipe, source: ModelSource, folder: Path) -> None:
+        self.export = export
         self.source = source
         self.folder = folder
-        ignored = [name for name in linear_names(source.config) if recipe.ignores(name)]
-        self.format = FORMATS[recipe.format].for_scheme(
-            recipe.scheme, ignore=["lm_head", *ignored], desc_act=recipe.desc_act, damp=recipe.damping
-        )
+        schemes = {name: recipe.schemes.get(name, SCHEMES["f16"]) for name in linear_names(source.config)}
+        kind = FORMATS[str(export.format)]
+        self.format = kind.for_schemes(schemes, desc_act=recipe.options.desc_act, damp=recipe.options.damp)
         self.shards = ShardWriter(folder)
         self.dtype_name = source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float16"
         self.dtype = getattr(torch, self.dtype_name)
@@ -137,13 +139,13 @@ def finish_folder(
 class GGUFExporter(Exporter):
     """One GGUF file. Its header holds the recipe; the manifest, known only at the end, goes into a file beside it."""
 
-    def __init__(self, recipe: Recipe, source: ModelSource, file: Any) -> None:
+    def __init__(self, export: Export, recipe: Recipe, source: ModelSource, file: Any) -> None:
+        self.export = export
         self.config = source.config
         self.architecture = ARCHITECTURES[source.config.architecture]
-        self.types = {name: _gguf_type(recipe, name, shape) for name, shape in parameter_order(source).items()}
-        tensors = [
-            (gguf_names.to_gguf(name), shape, self.types[name]) for name, shape in parameter_order(source).items()
-        ]
+        order = parameter_order(source)
+        self.types = {name: _gguf_type(recipe, name, shape) for name, shape in order.items()}
+        tensors = [(gguf_names.to_gguf(name), shape, self.types[name]) for name, shape in order.items()]
         self.factors = None
         if self.config.rope.kind == "llama3":
             self.factors = rope.divisors(self.config.rope, self.config.head_dim)
@@ -183,12 +185,12 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _gguf_type(recipe: Recipe, name: str, shape: tuple[int, ...]) -> str:
-    """A tensor's type: vectors in float32, linear layers in the scheme's, embedding and head in 8 bits at least."""
+    """A tensor's type: vectors in float32, matrices in their scheme's, and what has none in 16 bits."""
     if len(shape) == 1:
         return "F32"
-    if name not in (EMBEDDING, HEAD) and recipe.ignores(name.removesuffix(".weight")):
-        return "F16"
-    return "Q8_0" if name in (EMBEDDING, HEAD) and recipe.scheme.bits < 8 else recipe.scheme.gguf_type or "F16"
+    scheme = recipe.outer.get(name) or recipe.schemes.get(name.removesuffix(".weight"))
+    dense = recipe.main.gguf_type if recipe.main.is_dense else "F16"
+    return str(dense if scheme is None else scheme.gguf_type)
 
 
 def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
@@ -200,9 +202,9 @@ def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "general.architecture": name,
         "general.name": source.path.stem,
-        "general.file_type": _FILE_TYPES[recipe.scheme.gguf_type or "F16"],
+        "general.file_type": _FILE_TYPES[recipe.main.gguf_type or "F16"],
         "general.quantization_version": 2,
-        "llmopt.recipe": json.dumps(recipe.to_dict()),
+        "llmopt.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
         f"{name}.context_length": config.max_position,
         f"{name}.embedding_length": config.hidden_size,
         f"{name}.block_count": config.num_layers,

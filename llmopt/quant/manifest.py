@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import torch
@@ -11,36 +12,45 @@ import torch
 import llmopt
 from llmopt.model.source import ModelSource
 from llmopt.quant.methods.base import ModuleReport
+from llmopt.quant.options import Export
+from llmopt.quant.phases import Phases
 from llmopt.quant.recipe import Recipe
 
 VERSION = 1
 
 
 def build_manifest(
-    recipe: Recipe, source: ModelSource, modules: list[ModuleReport], seconds: float, size_bytes: int
+    recipe: Recipe,
+    source: ModelSource,
+    export: Export,
+    size_bytes: int,
+    modules: list[ModuleReport],
+    seconds: float,
+    phases: Phases,
 ) -> dict[str, Any]:
-    """The manifest, which is also what `llmopt quantize --json` writes.
+    """The manifest of one artifact, which is also what `llmopt quantize --json` writes.
 
     `size_bytes` is that of the weights as written; `bits_per_weight` spreads it over all parameters, embeddings, norms
-    and scales included.
+    and scales included. `seconds` is the time of the whole run, `phases` where it went.
     """
     config = source.config
-    layer = sum(_product(shape) for shape in config.layer_shapes().values())
+    layer = sum(prod(shape) for shape in config.layer_shapes().values())
     outer = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
     parameters = layer * config.num_layers + outer
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "version": VERSION,
-        "output": recipe.output,
-        "method": recipe.method,
-        "scheme": recipe.scheme.name,
-        "format": recipe.format,
+        "output": export.output,
+        "method": recipe.options.method,
+        "scheme": recipe.options.scheme,
+        "format": export.format,
         "seconds": round(seconds, 3),
+        "phases": phases.seconds(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "size_bytes": size_bytes,
         "bits_per_weight": round(8 * size_bytes / parameters, 4),
-        "modules": [asdict(report) for report in modules],
+        "modules": [asdict(report) | {"scheme": recipe.schemes[report.name].name} for report in modules],
         "recipe": recipe.to_dict(),
         "source": {"path": str(source.path), "fingerprint": source.fingerprint()},
         "versions": {
@@ -49,10 +59,3 @@ def build_manifest(
             "python": platform.python_version(),
         },
     }
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

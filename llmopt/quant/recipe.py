@@ -1,8 +1,8 @@
 """What exactly is to be done to a model: every choice made, every combination checked, before anything runs."""
 
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,125 +10,97 @@ from llmopt.backend.select import find_device
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
 from llmopt.model.decoder import LINEAR_GROUPS, linear_names
-from llmopt.model.source import layer_name
+from llmopt.model.source import EMBEDDING, HEAD, layer_name
 from llmopt.quant.methods.awq import AWQ
 from llmopt.quant.methods.base import Method
 from llmopt.quant.methods.gptq import GPTQ
 from llmopt.quant.methods.rtn import RoundToNearest
+from llmopt.quant.methods.smoothquant import SmoothQuant
+from llmopt.quant.options import KEEP, Export, Options, Override
 from llmopt.weights.formats import FORMATS
+from llmopt.weights.numbers import FP4
 from llmopt.weights.scheme import SCHEMES, Scheme, find_scheme, nearest
 
-METHODS = ("rtn", "gptq", "awq")
-ALL_FORMATS = (*FORMATS, "gguf")
-_HOME_FORMAT = {"gptq": "gptq", "awq": "awq", "rtn": "compressed-tensors"}
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
+GGUF = "gguf"
+ALL_FORMATS = (*FORMATS, GGUF)
+_HOME_FORMAT = {"gptq": "gptq", "awq": "awq"}
+SELF = "self"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The resolved options of one quantization; `llmopt.json` holds it, and it is enough to do the same again.
+    """The resolved options of one quantization.
 
     Attributes:
-        ignore: regular expressions; a linear layer whose full name one of them matches stays as it is.
+        options: with every default filled in; `llmopt.json` holds them, and they are enough to do the same again.
+        main: the scheme that was asked for, its group size settled.
+        schemes: the scheme of every linear layer that is quantized, by its full name, its group size settled.
+        outer: the schemes of embedding and head where GGUF quantizes them, by their parameters' names.
+        calibration: where samples come from, None where none are needed.
+        device: `cpu` or `cuda`.
     """
 
-    model: str
-    output: str
-    method: str
-    scheme: Scheme
-    format: str
-    desc_act: bool
-    damping: float
-    ignore: tuple[str, ...]
-    calibration: str
-    samples: int
-    seq_len: int
-    seed: int
+    options: Options
+    main: Scheme
+    schemes: Mapping[str, Scheme]
+    outer: Mapping[str, Scheme]
+    calibration: str | None
     device: str
 
-    def build_method(self) -> Method:
-        if self.method == "gptq":
-            return GPTQ(self.damping, self.desc_act)
-        return AWQ() if self.method == "awq" else RoundToNearest()
+    def build_method(self, config: ModelConfig) -> Method:
+        match self.options.method:
+            case "gptq":
+                return GPTQ(self.options.damp, self.options.desc_act)
+            case "awq":
+                return AWQ(config.head_dim)
+            case "smoothquant":
+                return SmoothQuant(config.head_dim)
+        return RoundToNearest()
 
-    def ignores(self, module: str) -> bool:
-        return any(re.search(pattern, module) for pattern in self.ignore)
+    def layer_schemes(self, layer: int) -> dict[str, Scheme]:
+        """The schemes of one decoder layer, by the names within it."""
+        prefix = layer_name(layer, "")
+        return {name.removeprefix(prefix): s for name, s in self.schemes.items() if name.startswith(prefix)}
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return self.options.model_dump(mode="json", exclude={"exports"})
 
 
-def resolve(
-    config: ModelConfig,
-    *,
-    model: str,
-    output: str,
-    method: str,
-    scheme: str,
-    format: str | None,
-    group_size: int | None,
-    desc_act: bool,
-    damping: float,
-    ignore: tuple[str, ...],
-    calibration: str,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    device: str,
-) -> Recipe:
+def resolve(options: Options, config: ModelConfig) -> Recipe:
     """Settle the options against a model. Raises InputError for what does not exist or does not go together."""
-    chosen = find_scheme(scheme)
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
-    format = format or _default_format(method, chosen, output)
-    if format not in ALL_FORMATS:
-        raise InputError(f"unknown format {format!r}{nearest(format, ALL_FORMATS)}; known: {', '.join(ALL_FORMATS)}")
-    check_combination(method, chosen, format, output, desc_act)
-    if group_size is not None:
-        chosen = chosen.with_group_size(group_size)
-    widths = {shape[1] for shape in config.layer_shapes().values() if len(shape) == 2}
-    chosen = chosen.for_widths(widths)
-    if method != "rtn":
-        _check_calibration(samples, seq_len, damping, config)
-    for pattern in ignore:
-        _check_pattern(pattern, config)
-    recipe = Recipe(
-        model=model,
-        output=output,
-        method=method,
-        scheme=chosen,
-        format=format,
-        desc_act=desc_act,
-        damping=damping,
-        ignore=ignore,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        device=find_device("auto", device),
-    )
-    if chosen.activations is not None:
-        _check_shared_inputs(recipe.ignores, config)
-    return recipe
+    method, known = options.method, METHODS
+    if method not in known:
+        raise InputError(f"unknown method {method!r}{nearest(method, known)}; known: {', '.join(known)}")
+    main = _settled(find_scheme(options.scheme), options.group_size, config)
+    exports = tuple(Export(output=e.output, format=_find_format(e, method, main)) for e in options.exports)
+    for export in exports:
+        _check_output(export)
+    schemes = _schemes(options, main, config)
+    for scheme in {main, *schemes.values()}:
+        for export in exports:
+            check_combination(method, scheme, str(export.format), options.desc_act)
+    calibration = options.calibration or (None if method == "rtn" else SELF)
+    if calibration is not None:
+        _check_calibration(options, config)
+    _check_shared_inputs(schemes, config, exports)
+    settled = options.model_copy(update={"exports": exports, "calibration": calibration})
+    return Recipe(settled, main, schemes, _outer_schemes(main), calibration, find_device("auto", options.device))
 
 
-def check_combination(method: str, scheme: Scheme, format: str, output: str, desc_act: bool) -> None:
+def check_combination(method: str, scheme: Scheme, format: str, desc_act: bool) -> None:
     """Raise InputError where a method, a scheme and a format do not go together, naming what would."""
-    is_gguf_file = Path(output).suffix == ".gguf"
-    if format == "gguf":
-        if not is_gguf_file:
-            raise InputError(f"the gguf format writes one file: give an --output that ends in .gguf, not {output}")
+    if format == GGUF:
         if not scheme.gguf_type:
             raise InputError(f"gguf does not hold {scheme.name}; it holds {', '.join(gguf_schemes())}")
-        if method != "rtn":
-            raise InputError(f"gguf artifacts are written with --method rtn, not {method}")
     else:
-        if is_gguf_file:
-            raise InputError(f"{output} names a GGUF file, but the format is {format}; give a folder or --format gguf")
         FORMATS[format].check(scheme)
-    if method == "awq" and scheme.activations is not None:
-        raise InputError(f"awq does not go with {scheme.name}, which rounds activations; rtn does")
-    if method == "gptq" and scheme.activations is not None:
-        raise InputError(f"gptq does not go with {scheme.name}, which rounds activations; rtn does")
+    if method == "awq" and (scheme.number, scheme.scales, scheme.activations) != ("int", "float16", None):
+        raise InputError(f"awq does not go with {scheme.name}; gptq, smoothquant and rtn may")
+    if method == "awq" and format == GGUF:
+        raise InputError("awq is not written to gguf; gptq and rtn are")
+    if method == "smoothquant" and scheme.activations is None and not scheme.is_dense:
+        raise InputError(f"smoothquant is for schemes that round activations, w8a8 and fp8, not {scheme.name}")
     if desc_act and (method, format) != ("gptq", "gptq"):
         raise InputError("--desc-act needs --method gptq and --format gptq, the only format with a group index")
 
@@ -137,36 +109,107 @@ def gguf_schemes() -> list[str]:
     return [name for name, scheme in SCHEMES.items() if scheme.gguf_type]
 
 
-def _default_format(method: str, scheme: Scheme, output: str) -> str:
-    return "gguf" if scheme.gguf_type or Path(output).suffix == ".gguf" else _HOME_FORMAT[method]
+def _find_format(export: Export, method: str, scheme: Scheme) -> str:
+    is_file = Path(export.output).suffix == ".gguf"
+    only_gguf = scheme.gguf_type and not any(scheme.name in format.schemes for format in FORMATS.values())
+    name = export.format or (GGUF if is_file or only_gguf else _home_format(method, scheme))
+    if name not in ALL_FORMATS:
+        raise InputError(f"unknown format {name!r}{nearest(name, ALL_FORMATS)}; known: {', '.join(ALL_FORMATS)}")
+    return name
 
 
-def _check_calibration(samples: int, seq_len: int, damping: float, config: ModelConfig) -> None:
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, not {samples}")
-    if not 8 <= seq_len <= config.max_position:
-        raise InputError(f"--seq-len must be between 8 and the model's {config.max_position}, not {seq_len}")
-    if not 0 < damping < 1:
-        raise InputError(f"--damp must be between 0 and 1, not {damping}")
+def _home_format(method: str, scheme: Scheme) -> str:
+    """The method's own format, where that holds the scheme."""
+    home = _HOME_FORMAT.get(method, "compressed-tensors")
+    return home if scheme.name in FORMATS[home].schemes or method == "awq" else "compressed-tensors"
 
 
-def _check_pattern(pattern: str, config: ModelConfig) -> None:
+def _check_output(export: Export) -> None:
+    is_file = Path(export.output).suffix == ".gguf"
+    if export.format == GGUF and not is_file:
+        raise InputError(f"the gguf format writes one file: give an --output that ends in .gguf, not {export.output}")
+    if export.format != GGUF and is_file:
+        raise InputError(
+            f"{export.output} names a GGUF file, but the format is {export.format}; give a folder or --format gguf"
+        )
+
+
+def _schemes(options: Options, main: Scheme, config: ModelConfig) -> dict[str, Scheme]:
+    """The scheme of every linear layer that is quantized."""
+    names = linear_names(config)
+    shapes = config.layer_shapes()
+    ignored = [_pattern("--ignore", pattern, names) for pattern in options.ignore]
+    overrides = [(_pattern("an override", o.modules, names), o) for o in options.overrides]
+    schemes: dict[str, Scheme] = {}
+    for name in names:
+        chosen: Scheme | None = main
+        for pattern, override in overrides:
+            if pattern.search(name):
+                chosen = _overriding(override, shapes[f"{name.split('.', 3)[3]}.weight"][1])
+        if chosen is not None and not chosen.is_dense and not any(pattern.search(name) for pattern in ignored):
+            schemes[name] = chosen
+    return schemes
+
+
+def _settled(scheme: Scheme, group_size: int | None, config: ModelConfig) -> Scheme:
+    if group_size is not None:
+        scheme = scheme.with_group_size(group_size)
+    return scheme.for_widths({shape[1] for shape in config.layer_shapes().values() if len(shape) == 2})
+
+
+def _outer_schemes(main: Scheme) -> dict[str, Scheme]:
+    """Embedding and head in GGUF: in 8 bits at least."""
+    if main.gguf_type is None or main.is_dense:
+        return {}
+    return dict.fromkeys((EMBEDDING, HEAD), main if main.bits >= 8 else SCHEMES["q8_0"])
+
+
+def _overriding(override: Override, width: int) -> Scheme | None:
+    if override.scheme == KEEP:
+        return None
+    scheme = find_scheme(override.scheme)
+    if override.group_size is not None:
+        scheme = scheme.with_group_size(override.group_size)
+    return scheme.for_widths({width})
+
+
+def _check_calibration(options: Options, config: ModelConfig) -> None:
+    if options.samples < 1:
+        raise InputError(f"--samples must be at least 1, not {options.samples}")
+    if not 8 <= options.seq_len <= config.max_position:
+        raise InputError(f"--seq-len must be between 8 and the model's {config.max_position}, not {options.seq_len}")
+    if not 0 < options.damp < 1:
+        raise InputError(f"--damp must be between 0 and 1, not {options.damp}")
+
+
+def _pattern(what: str, pattern: str, names: list[str]) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"--ignore {pattern!r} is no regular expression: {error}") from None
-    names = linear_names(config)
+        raise InputError(f"{what} {pattern!r} is no regular expression: {error}") from None
     if not any(compiled.search(name) for name in names):
-        raise InputError(f"--ignore {pattern!r} matches no linear layer; they are named like {names[0]}")
+        raise InputError(f"{what} {pattern!r} matches no linear layer; they are named like {names[0]}")
+    return compiled
 
 
-def _check_shared_inputs(ignores: Callable[[str], bool], config: ModelConfig) -> None:
-    """Layers that share an input are one operation at run time, which rounds that input for all of them or for none."""
+def _check_shared_inputs(schemes: Mapping[str, Scheme], config: ModelConfig, exports: tuple[Export, ...]) -> None:
+    """Layers that share an input are one operation at run time, which rounds that input for all of them or for none,
+    and in Hugging Face formats is of one scheme."""
+    folders = any(export.format != GGUF for export in exports)
     for layer in range(config.num_layers):
         for members in LINEAR_GROUPS.values():
-            ignored = [module for module in members if ignores(layer_name(layer, module))]
-            if 0 < len(ignored) < len(members):
+            found = [schemes.get(layer_name(layer, module)) for module in members]
+            if len(set(found)) == 1:
+                continue
+            kinds = {scheme for scheme in found if scheme is not None}
+            if any(scheme.activations or scheme.number == FP4 for scheme in kinds):
+                name = next(iter(kinds)).name
                 raise InputError(
-                    f"w8a8 rounds the input that {', '.join(members)} share: --ignore all of them or none, not only "
-                    f"{', '.join(ignored)}"
+                    f"runtimes make one operation of {', '.join(members)}: with {name}, treat all of them alike or "
+                    "ignore all of them or none"
+                )
+            if folders and len(kinds) > 1:
+                raise InputError(
+                    f"runtimes make one operation of {', '.join(members)}, so these must have one scheme, not "
+                    f"{' and '.join(sorted(scheme.name for scheme in kinds))}"
                 )

@@ -140,7 +140,11 @@ def test_not_finite_weights_are_refused(tiny_model, tmp_path: Path, monkeypatch)
         ({"format": "gptqq"}, "did you mean gptq"),
         ({"group_size": 48}, "48 does not divide rows of 64.*64, 32|48 does not divide rows of 64.*32"),
         ({"group_size": 0}, "positive number"),
-        ({"scheme": "w8a8", "format": "compressed-tensors", "group_size": None}, "rtn does"),
+        (
+            {"scheme": "w8a8", "method": "awq", "format": "compressed-tensors", "group_size": None},
+            "does not go with w8a8",
+        ),
+        ({"method": "smoothquant"}, "w8a8 and fp8"),
         ({"method": "awq"}, "awq does not hold w4a16; it holds w4a16-asym"),
         ({"scheme": "q4_0", "method": "rtn", "group_size": None}, "ends in .gguf"),
         ({"samples": 0}, "at least 1"),

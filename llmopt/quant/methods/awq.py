@@ -5,14 +5,23 @@ search needs no forward passes: the output error of a linear layer is tr(D G D�
 the gram matrix of its inputs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from llmopt.model.decoder import LINEAR_GROUPS
-from llmopt.quant.grid import Grid, best_of, fit_grid, grouped
-from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, ModuleReport, relative_error
+from llmopt.quant.fit import best_of, fit_grid
+from llmopt.quant.grid import Grid, grouped
+from llmopt.quant.methods.base import (
+    InputStatistics,
+    LayerResult,
+    Method,
+    ModuleReport,
+    Stack,
+    relative_error,
+    stacks,
+)
+from llmopt.quant.methods.folding import Fold, folds
 from llmopt.quant.methods.rtn import round_to_nearest
 from llmopt.weights.scheme import Scheme
 
@@ -22,95 +31,82 @@ LEAST_CLIP = 0.55
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their errors multiply each other in the attention scores
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """Where the inverse of a group's input scales goes: parameters whose rows (or elements) are that input."""
-
-    group: str
-    absorbers: tuple[str, ...]
-
-
 class AWQ(Method):
+    """Attributes:
+    head_dim: the length of an attention head, by which the output projection's inputs are told apart.
+    """
+
     name = "awq"
     needs_calibration = True
 
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+
     def quantize_layer(
-        self, weights: dict[str, Tensor], scheme: Scheme, statistics: dict[str, InputStatistics], skip: frozenset[str]
+        self, weights: dict[str, Tensor], schemes: Mapping[str, Scheme], statistics: dict[str, InputStatistics]
     ) -> LayerResult:
         scaled = dict(weights)
-        grams = {group: seen.gram for group, seen in statistics.items()}
-        for fold in _folds(weights, skip):
-            members = [f"{module}.weight" for module in LINEAR_GROUPS[fold.group]]
-            scales = _search_scales(torch.cat([scaled[m] for m in members]), scheme, statistics[fold.group])
-            for member in members:
-                scaled[member] = scaled[member] * scales
-            for absorber in fold.absorbers:
-                scaled[absorber] = scaled[absorber] / (scales[:, None] if scaled[absorber].dim() == 2 else scales)
-            grams[fold.group] = grams[fold.group] / scales / scales[:, None]
+        for fold in folds(weights, schemes, self.head_dim):
+            members = [stack for stack in stacks(scaled, schemes) if stack.group == fold.group]
+            scales = _search_scales(members, fold, statistics[fold.group])
+            fold.apply(scaled, scales)
+            statistics = statistics | {fold.group: statistics[fold.group].scaled(1 / fold.spread(scales))}
         result = LayerResult(dict(scaled))
-        for group, modules in LINEAR_GROUPS.items():
-            for module in modules:
-                if module in skip:
-                    continue
-                weight = scaled[f"{module}.weight"]
-                grid = None if module in UNCLIPPED else _search_clip(weight, scheme, grams[group])
-                quantized = round_to_nearest(weight, scheme, grid)
-                result.weights[f"{module}.weight"] = quantized
-                result.modules.append(ModuleReport(module, self.name, relative_error(weight, quantized, grams[group])))
+        for stack in stacks(scaled, schemes):
+            seen = statistics[stack.group]
+            grid = _search_clip(stack, seen.full_gram())
+            for module, weight, part in stack.split(round_to_nearest(stack.weight, stack.scheme, grid)):
+                result.weights[f"{module}.weight"] = part
+                result.modules.append(ModuleReport(module, self.name, relative_error(weight, part, seen)))
         return result
 
 
-def _folds(weights: dict[str, Tensor], skip: frozenset[str]) -> list[_Fold]:
-    """The groups whose input can be scaled: what makes that input must absorb the inverse without changing it.
-
-    The input of the output projection is the values', head by head, so it folds only where every query head has a
-    value head of its own; under grouped queries one value head feeds several and cannot take several scales.
-    """
-    folds = [_Fold("qkv", ("input_layernorm.weight",)), _Fold("gate_up", ("post_attention_layernorm.weight",))]
-    up = ["mlp.up_proj.weight", *(["mlp.up_proj.bias"] if "mlp.up_proj.bias" in weights else [])]
-    folds.append(_Fold("down", tuple(up)))
-    if weights["self_attn.v_proj.weight"].shape[0] == weights["self_attn.o_proj.weight"].shape[1]:
-        bias = ["self_attn.v_proj.bias"] if "self_attn.v_proj.bias" in weights else []
-        folds.insert(1, _Fold("output", ("self_attn.v_proj.weight", *bias)))
-    # A layer that is to stay as it is neither has its input scaled nor absorbs another's scales.
-    return [fold for fold in folds if not skip.intersection(LINEAR_GROUPS[fold.group] + _modules_of(fold.absorbers))]
-
-
-def _modules_of(parameters: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(parameter.rpartition(".")[0] for parameter in parameters)
-
-
-def _search_scales(weight: Tensor, scheme: Scheme, statistics: InputStatistics) -> Tensor:
-    """float32 [in]: the input scales, x̄^r / w̄^(1 − r) for the best of 20 ratios r, normalised around
+def _search_scales(members: list[Stack], fold: Fold, statistics: InputStatistics) -> Tensor:
+    """float32 [distinct inputs]: the input scales, x̄^r / w̄^(1 − r) for the best of 20 ratios r, normalised around
     1; or all ones, where none is better."""
-    activation = (statistics.magnitude / max(statistics.tokens, 1)).clamp(min=1e-8)
-    magnitudes = grouped(weight.abs(), scheme)
-    typical = (magnitudes / magnitudes.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1).mean(0)
+    activation = fold.shared(statistics.magnitude / max(statistics.tokens, 1)).clamp(min=1e-8)
+    magnitude = torch.cat([_typical(stack) for stack in members]).mean(0)
+    typical = fold.shared(magnitude)
     best_loss, best = torch.inf, torch.ones_like(activation)
     for step in range(-1, RATIOS):
         ratio = step / RATIOS
         scales = (activation**ratio / (typical ** (1 - ratio) + 1e-4)).clamp(min=1e-4)
         scales = torch.ones_like(activation) if step < 0 else scales / (scales.max() * scales.min()).sqrt()
-        groups = grouped(weight * scales, scheme)
-        grid = fit_grid(groups, scheme)
-        difference = grid.values(grid.codes(groups)).flatten(1) / scales - weight
-        loss = float((difference @ statistics.gram * difference).sum())
+        loss = sum(_loss(stack, fold.spread(scales), statistics.full_gram()) for stack in members)
         if loss < best_loss:
             best_loss, best = loss, scales
     return best
 
 
-def _search_clip(weight: Tensor, scheme: Scheme, gram: Tensor) -> Grid:
+def _typical(stack: Stack) -> Tensor:
+    """float32 [out, in]: the magnitude of each weight as a share of its group's largest."""
+    magnitudes = grouped(stack.weight.abs(), stack.scheme)
+    return (magnitudes / magnitudes.amax(-1, keepdim=True).clamp(min=1e-8)).flatten(1)
+
+
+def _loss(stack: Stack, scales: Tensor, gram: Tensor) -> float:
+    """The output error of a weight that is rounded with its inputs scaled."""
+    groups = grouped(stack.weight * scales, stack.scheme)
+    grid = fit_grid(groups, stack.scheme)
+    difference = grid.values(grid.numbers(groups)).flatten(1).div_(scales).sub_(stack.weight)
+    return float((difference @ gram).mul_(difference).sum())
+
+
+def _search_clip(stack: Stack, gram: Tensor) -> Grid:
     """The grid whose ranges are clipped where that lowers the error of each group's own share of the output."""
-    groups = grouped(weight, scheme)
+    groups = grouped(stack.weight, stack.scheme)
     size = groups.shape[2]
     own = torch.stack([gram[i : i + size, i : i + size] for i in range(0, gram.shape[0], size)])  # [groups, n, n]
+    clippable = torch.tensor([m not in UNCLIPPED for m in stack.modules]).repeat_interleave(torch.tensor(stack.rows))
     candidates = []
     for step in range(CLIP_STEPS):
         clip = 1 - (1 - LEAST_CLIP) * step / CLIP_STEPS
         low, high = groups.amin(-1, keepdim=True) * clip, groups.amax(-1, keepdim=True) * clip
-        clipped = groups.clamp(low, high)
-        grid = fit_grid(clipped, scheme)
-        difference = grid.values(grid.codes(clipped)) - groups
-        candidates.append((grid, (torch.einsum("ogi,gij->ogj", difference, own) * difference).sum(-1)))
-    return best_of(candidates)
+        grid = fit_grid(groups.clamp(low, high), stack.scheme)
+        difference = grid.values(grid.numbers(groups)) - groups
+        loss = (torch.einsum("ogi,gij->ogj", difference, own) * difference).sum(-1)
+        if step:
+            loss[~clippable] = torch.inf
+        candidates.append(((grid.scale, grid.zero), loss))
+    scale, zero = best_of(candidates)
+    return Grid(stack.scheme, scale.half(), None if stack.scheme.symmetric else zero)

@@ -1,45 +1,48 @@
-"""Round to nearest: each group's range is covered, each weight takes the nearest code. Needs no data."""
+"""Round to nearest: each group's range is covered, each weight takes the nearest code. Needs no data.
 
-import torch
+Where there is data all the same, each group's range is the one of the least error, weighted by how much energy each
+input carries, as llama.cpp's importance matrix does. GGUF's types are always searched, as llama.cpp does too.
+"""
+
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from llmopt.model.decoder import LINEAR_GROUPS
-from llmopt.quant.grid import Grid, fit_grid, grouped
-from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, ModuleReport, relative_error
+from llmopt.quant.fit import fit_grid
+from llmopt.quant.grid import Grid, grouped
+from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, ModuleReport, relative_error, stacks
 from llmopt.weights.quantized import QuantizedTensor
 from llmopt.weights.scheme import Scheme
+
+SEARCH_STEPS = 20
 
 
 class RoundToNearest(Method):
     name = "rtn"
     needs_calibration = False
+    needs_gram = False
 
     def quantize_layer(
-        self, weights: dict[str, Tensor], scheme: Scheme, statistics: dict[str, InputStatistics], skip: frozenset[str]
+        self, weights: dict[str, Tensor], schemes: Mapping[str, Scheme], statistics: dict[str, InputStatistics]
     ) -> LayerResult:
         result = LayerResult(dict(weights))
-        for module in (module for group in LINEAR_GROUPS.values() for module in group if module not in skip):
-            weight = weights[f"{module}.weight"]
-            quantized = round_to_nearest(weight, scheme)
-            result.weights[f"{module}.weight"] = quantized
-            result.modules.append(ModuleReport(module, self.name, relative_error(weight, quantized, None)))
+        for stack in stacks(weights, schemes):
+            seen = statistics.get(stack.group)
+            importance = None if seen is None else seen.importance()
+            quantized = round_to_nearest(stack.weight, stack.scheme, importance=importance)
+            for module, weight, part in stack.split(quantized):
+                result.weights[f"{module}.weight"] = part
+                result.modules.append(ModuleReport(module, self.name, relative_error(weight, part, seen)))
         return result
 
 
-def round_to_nearest(weight: Tensor, scheme: Scheme, grid: Grid | None = None) -> QuantizedTensor:
-    """The nearest codes of a weight [out, in] on the given grid, by default the one that covers its range."""
+def round_to_nearest(
+    weight: Tensor, scheme: Scheme, grid: Grid | None = None, importance: Tensor | None = None
+) -> QuantizedTensor:
+    """The nearest codes of a weight [out, in] on the given grid, else on one that covers its range, or that a search
+    finds where the inputs' importance [in] is known."""
     groups = grouped(weight.float(), scheme)
-    grid = grid or fit_grid(groups, scheme)
-    return from_codes(grid.codes(groups).flatten(1), grid, scheme)
-
-
-def from_codes(codes: Tensor, grid: Grid, scheme: Scheme, group_index: Tensor | None = None) -> QuantizedTensor:
-    """The canonical form of whole-number codes [out, in] on a grid."""
-    return QuantizedTensor(
-        codes=codes.to(torch.uint8),
-        scales=grid.scale.half(),
-        zeros=None if scheme.symmetric else grid.zero.to(torch.uint8),
-        group_index=group_index,
-        bits=scheme.bits,
-        activations=scheme.activations,
-    )
+    if grid is None:
+        steps = SEARCH_STEPS if importance is not None or scheme.gguf_type else 1
+        grid = fit_grid(groups, scheme, None if importance is None else importance.reshape(groups.shape[1:]), steps)
+    return grid.quantized(grid.numbers(groups).flatten(1))

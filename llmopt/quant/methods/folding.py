@@ -1,0 +1,70 @@
+"""Scaling the inputs of a linear layer, and folding the inverse into what makes those inputs.
+
+The function of the layer stays what it was; what changes is which weights and activations are large. AWQ and
+SmoothQuant differ only in how they choose the scales.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmopt.model.decoder import LINEAR_GROUPS
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One input that can be scaled.
+
+    Attributes:
+        group: its key in LINEAR_GROUPS.
+        absorbers: parameters whose rows (or elements) are that input, which take the inverse.
+        sharing: how many query heads read each value head; those must share their scales.
+        head_dim: the length of a head, where `sharing` is more than 1.
+    """
+
+    group: str
+    absorbers: tuple[str, ...]
+    sharing: int = 1
+    head_dim: int = 1
+
+    def shared(self, figures: Tensor) -> Tensor:
+        """The mean of positive figures [in] over the inputs that must share a scale: [distinct inputs]."""
+        return figures.view(-1, self.sharing, self.head_dim).mean(1).flatten()
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """Scales [distinct inputs] for every input: [in]."""
+        return scales.view(-1, 1, self.head_dim).expand(-1, self.sharing, -1).flatten()
+
+    def apply(self, weights: dict[str, Tensor], scales: Tensor) -> None:
+        """In `weights`, multiply the group's columns by `scales` [distinct inputs] and divide the absorbers by them."""
+        for module in LINEAR_GROUPS[self.group]:
+            weights[f"{module}.weight"] = weights[f"{module}.weight"] * self.spread(scales)
+        for name in self.absorbers:
+            weights[name] = weights[name] / (scales[:, None] if weights[name].dim() == 2 else scales)
+
+
+def folds(weights: dict[str, Tensor], quantized: Collection[str], head_dim: int) -> list[Fold]:
+    """The inputs that can be scaled.
+
+    The input of the output projection is made of the values', head by head. Under grouped queries one value head feeds
+    several query heads, whose inputs then share their scales. A layer that is not to be quantized neither has its
+    input scaled nor absorbs another's scales.
+    """
+    sharing = weights["self_attn.o_proj.weight"].shape[1] // weights["self_attn.v_proj.weight"].shape[0]
+    found = [
+        Fold("qkv", ("input_layernorm.weight",)),
+        Fold("output", _with_bias(weights, "self_attn.v_proj"), sharing, head_dim),
+        Fold("gate_up", ("post_attention_layernorm.weight",)),
+        Fold("down", _with_bias(weights, "mlp.up_proj")),
+    ]
+    return [fold for fold in found if all(module in quantized for module in _linear_layers(fold))]
+
+
+def _with_bias(weights: dict[str, Tensor], module: str) -> tuple[str, ...]:
+    return tuple(name for name in (f"{module}.weight", f"{module}.bias") if name in weights)
+
+
+def _linear_layers(fold: Fold) -> list[str]:
+    absorbing = [name.rpartition(".")[0] for name in fold.absorbers]
+    return [*LINEAR_GROUPS[fold.group], *(module for module in absorbing if not module.endswith("layernorm"))]
