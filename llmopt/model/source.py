@@ -125,8 +125,8 @@ class FolderSource(ModelSource):
         if name not in self._names:
             raise InputError(f"{self.path} holds no tensor {name}, which its config calls for")
         tensor = self.checkpoint.load(name)
-        if not tensor.is_floating_point():
-            raise InputError(f"{self.path}: {name} is {tensor.dtype}, not floating point")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:  # 8 bits are codes, whose scales are missing
+            raise InputError(f"{self.path}: {name} is {tensor.dtype}, not floating point of 16 bits or more")
         return tensor
 
     def _is_quantized(self, name: str) -> bool:

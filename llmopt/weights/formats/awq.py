@@ -9,7 +9,7 @@ For a module of I inputs and O outputs in G groups:
 Half-byte i of a word, lowest first, holds the output of `ORDER[i]` among the word's eight.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -24,6 +24,7 @@ from llmopt.weights.formats.base import (
     Settings,
     expect,
     load_as,
+    load_scales,
     parse_settings,
     to_float16,
     zero_points,
@@ -60,19 +61,14 @@ class AWQ(Format):
     ignore: tuple[str, ...] = ("lm_head",)
 
     @classmethod
-    def for_scheme(
-        cls,
-        scheme: Scheme,
-        ignore: Sequence[str] = ("lm_head",),
-        desc_act: bool = False,
-        damp: float | None = None,
-    ) -> Self:
-        cls.check(scheme)
+    def for_schemes(cls, schemes: Mapping[str, Scheme], desc_act: bool = False, damp: float | None = None) -> Self:
+        quantized, ignore = cls.split(schemes)
         if desc_act:
             raise InputError("awq stores no group index, so --desc-act cannot be written to it")
-        if scheme.group_size is None:
-            raise ValueError("the group size is not settled")
-        return cls(scheme.group_size, tuple(ignore))
+        sizes = {scheme.group_size or PER_CHANNEL for scheme in quantized.values()}
+        if len(sizes) > 1:
+            raise InputError("awq has one group size for all modules; gptq and compressed-tensors can mix them")
+        return cls(sizes.pop(), ignore)
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
@@ -95,7 +91,7 @@ class AWQ(Format):
         return f"{module}.qweight" in names
 
     def encode(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-        expect(module, weight, BITS, False, None if self.group_size == PER_CHANNEL else self.group_size)
+        expect(module, weight, BITS, False, self.group_size)
         if weight.group_index is not None:
             raise LlmoptError(f"{module} has a group index, which awq cannot store")
         if weight.shape[0] % len(ORDER):
@@ -109,7 +105,7 @@ class AWQ(Format):
     def decode(self, module: str, load: Load) -> QuantizedTensor:
         packed = load_as(load, f"{module}.qweight", (None, None), torch.int32)
         in_features, words = packed.shape
-        scales = load_as(load, f"{module}.scales", (None, words * len(ORDER)), None)
+        scales = load_scales(load, f"{module}.scales", (None, words * len(ORDER)))
         groups = scales.shape[0]
         if not groups or in_features % groups:
             raise InputError(f"{module}.scales has {groups} groups, which do not divide {in_features} inputs")

@@ -1,7 +1,7 @@
 """What the formats of a quantized checkpoint have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from llmopt.errors import InputError, LlmoptError
-from llmopt.weights.quantized import QuantizedTensor
-from llmopt.weights.scheme import Scheme
+from llmopt.weights.numbers import INT
+from llmopt.weights.quantized import QuantizedTensor, Scales
+from llmopt.weights.scheme import PER_CHANNEL, Scheme
 
+HEAD = "lm_head"
 Load = Callable[[str], Tensor]
 """Reads one tensor of a checkpoint by its name; raises InputError where there is none."""
 
@@ -35,21 +37,28 @@ class Format(ABC):
 
     @classmethod
     @abstractmethod
-    def for_scheme(
-        cls,
-        scheme: Scheme,
-        ignore: Sequence[str] = ("lm_head",),
-        desc_act: bool = False,
-        damp: float | None = None,
-    ) -> Self:
-        """The settings to write a scheme with. Raises InputError where the format does not hold it.
+    def for_schemes(cls, schemes: Mapping[str, Scheme], desc_act: bool = False, damp: float | None = None) -> Self:
+        """The settings to write these schemes with. Raises InputError where the format does not hold them.
 
         Args:
-            scheme: with its group size settled.
-            ignore: modules that stay dense.
+            schemes: of each linear layer by its full name, with group sizes settled; 16-bit ones stay dense, and so
+                does `lm_head` where it is not named.
             desc_act: inputs belong to groups in an order of their own, so that a group index is stored.
             damp: GPTQ's damping, recorded where the format has a place for it.
         """
+
+    @classmethod
+    def split(cls, schemes: Mapping[str, Scheme]) -> tuple[dict[str, Scheme], tuple[str, ...]]:
+        """The schemes of the modules that are to be quantized, each checked, and the modules that stay dense."""
+        quantized = {module: scheme for module, scheme in schemes.items() if not scheme.is_dense}
+        if not quantized:
+            raise InputError("every module is to stay as it is, so that nothing is left to quantize")
+        for scheme in set(quantized.values()):
+            cls.check(scheme)
+            if scheme.group_size is None:
+                raise ValueError(f"the group size of {scheme.name} is not settled")
+        dense = [module for module in schemes if module not in quantized and module != HEAD]
+        return quantized, tuple(dense if HEAD in quantized else [HEAD, *dense])
 
     @classmethod
     @abstractmethod
@@ -95,11 +104,11 @@ def parse_settings(kind: type[_Settings], config: dict[str, Any], format_name: s
         ) from None
 
 
-def to_float16(scales: Tensor, where: str) -> Tensor:
+def to_float16(scales: Scales, where: str) -> Tensor:
     """Scales in float16. Raises LlmoptError where one is not finite there, as nothing that reads it could work."""
-    half = scales.to(torch.float16)
+    half = scales.float().to(torch.float16)
     if not torch.isfinite(half).all():
-        worst = scales.abs().max().item()
+        worst = scales.float().abs().max().item()
         raise LlmoptError(f"{where}: a scale of {worst:g} does not fit into float16, whose largest number is 65504")
     return half
 
@@ -112,18 +121,25 @@ def zero_points(module: str, weight: QuantizedTensor) -> Tensor:
     return zeros
 
 
-def expect(module: str, weight: QuantizedTensor, bits: int, symmetric: bool, group_size: int | None) -> None:
-    """Raise LlmoptError where a weight is not what the settings of its checkpoint promise.
+def groups_of(in_features: int, group_size: int) -> int:
+    """How many groups a row has; the last one is short where the group size does not divide it."""
+    return 1 if group_size == PER_CHANNEL else -(-in_features // group_size)
 
-    `group_size` is None for one group a row.
-    """
-    groups = 1 if group_size is None else -(-weight.shape[1] // group_size)
-    if weight.bits != bits or weight.is_symmetric != symmetric or weight.scales.shape[1] != groups:
-        raise LlmoptError(
-            f"{module} is in {weight.bits} bits, {'symmetric' if weight.zeros is None else 'asymmetric'}, "
-            f"{weight.scales.shape[1]} groups; its checkpoint's settings say {bits} bits, "
-            f"{'symmetric' if symmetric else 'asymmetric'}, {groups} groups"
-        )
+
+def expect(
+    module: str, weight: QuantizedTensor, bits: int, symmetric: bool, group_size: int, number: str = INT
+) -> None:
+    """Raise LlmoptError where a weight is not what the settings of its checkpoint promise."""
+    promised = _described(number, bits, symmetric, groups_of(weight.shape[1], group_size))
+    given = _described(weight.number, weight.bits, weight.is_symmetric, weight.scales.shape[1])
+    if given != promised:
+        raise LlmoptError(f"{module} is in {given}; its checkpoint's settings say {promised}")
+    if weight.minimums is not None:
+        raise LlmoptError(f"{module} has minimums, which are not zero points: no checkpoint in safetensors holds them")
+
+
+def _described(number: str, bits: int, symmetric: bool, groups: int) -> str:
+    return f"{bits} bits ({number}), {'symmetric' if symmetric else 'asymmetric'}, {groups} groups"
 
 
 def load_as(load: Load, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None) -> Tensor:
@@ -140,3 +156,11 @@ def load_as(load: Load, name: str, shape: tuple[int | None, ...], dtype: torch.d
             f"not {dtype or 'floating point'} of {wanted}"
         )
     return tensor
+
+
+def load_scales(load: Load, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Load scales as `load_as` does. Raises InputError where one is NaN or infinite."""
+    scales = load_as(load, name, shape, dtype)
+    if not torch.isfinite(scales.float()).all():
+        raise InputError(f"{name} holds scales that are not finite")
+    return scales

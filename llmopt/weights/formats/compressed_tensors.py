@@ -1,47 +1,44 @@
 """The compressed-tensors checkpoint, as llm-compressor writes it and vLLM and transformers read it.
 
-For a module of I inputs and O outputs in G groups, in symmetric codes of b bits, `pack-quantized` has
-
-    weight_packed  int32    [O, ceil(I * b / 32)]   codes, packed along the inputs, lowest bits first
-    weight_scale   float16  [O, G]
-    weight_shape   int64    [2]                     O and I
-    weight_g_idx   int32    [I]                     only where `actorder` is `group`; read, never written
-
-and `int-quantized`, which is for integer activations,
-
-    weight         int8     [O, I]                  codes less their middle
-    weight_scale   float32  [O, 1]
+Its settings are groups of modules, each with the settings of its weights and a layout of its own; the layouts are in
+`compressed_layouts.py`.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor
 
-from llmopt.errors import InputError, LlmoptError
-from llmopt.weights.formats import bits as bit_stream
-from llmopt.weights.formats.base import (
-    Format,
-    Load,
-    Settings,
-    expect,
-    load_as,
-    parse_settings,
-    to_float16,
-)
+from llmopt.errors import InputError
+from llmopt.weights.formats.base import HEAD, Format, Load, Settings, parse_settings
+from llmopt.weights.formats.compressed_layouts import LAYOUTS, MXFP4, NVFP4, Floats, Integers, Layout, PackedIntegers
+from llmopt.weights.formats.patterns import check_names, is_named
+from llmopt.weights.numbers import INT
 from llmopt.weights.quantized import QuantizedTensor
 from llmopt.weights.scheme import PER_CHANNEL, Scheme
 
-PACKED, INTEGER = "pack-quantized", "int-quantized"
+EVERY_LINEAR = "Linear"
+MIXED = "mixed-precision"
+_LAYOUT_OF: dict[str, type[Layout]] = {
+    "w4a16": PackedIntegers,
+    "w8a16": PackedIntegers,
+    "w8a8": Integers,
+    "fp8": Floats,
+    "nvfp4": NVFP4,
+    "mxfp4": MXFP4,
+}
+_LayoutName = Literal[
+    "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+    "naive-quantized",
+]  # fmt: skip
 
 
 class _Weights(Settings):
-    num_bits: Literal[4, 8]
-    type: Literal["int"] = "int"
-    symmetric: Literal[True] = True
-    strategy: Literal["channel", "group"]
+    num_bits: int
+    type: Literal["int", "float"] = "int"
+    symmetric: bool = True
+    strategy: Literal["channel", "group", "tensor_group", "tensor"]
     group_size: int | None = None
     dynamic: Literal[False] = False
     actorder: Literal["group", "weight", "static", True, False] | None = None
@@ -49,17 +46,18 @@ class _Weights(Settings):
 
 class _Activations(Settings):
     num_bits: Literal[8]
-    type: Literal["int"] = "int"
+    type: Literal["int", "float"] = "int"
     symmetric: Literal[True] = True
     strategy: Literal["token"]
     dynamic: Literal[True]
 
 
 class _Group(Settings):
+    targets: list[str]
     weights: _Weights
     input_activations: _Activations | None = None
     output_activations: None = None
-    format: Literal["pack-quantized", "int-quantized"] | None = None
+    format: _LayoutName | None = None
 
 
 class _Sparsity(Settings):
@@ -68,7 +66,7 @@ class _Sparsity(Settings):
 
 class _Config(Settings):
     config_groups: dict[str, _Group]
-    format: Literal["pack-quantized", "int-quantized", "mixed-precision"] = "pack-quantized"
+    format: _LayoutName | Literal["mixed-precision"] = "pack-quantized"
     quantization_status: Literal["compressed"] = "compressed"
     ignore: list[str] | None = None
     kv_cache_scheme: None = None
@@ -77,135 +75,163 @@ class _Config(Settings):
 
 
 @dataclass(frozen=True)
-class CompressedTensors(Format):
-    """A compressed-tensors checkpoint's settings: one group of settings for all its linear layers.
+class ModuleGroup:
+    """Modules with the same settings.
 
     Attributes:
-        layout: `pack-quantized` or `int-quantized`.
-        bits: 4 or 8.
-        group_size: -1 for one group a row.
-        activations: `int8` where activations are rounded too, per token; else None.
-        group_index: each module has the group of each input.
-        ignore: modules that stay dense.
+        targets: their full names, patterns after `re:`, or `Linear` for every linear layer.
+    """
+
+    layout: Layout
+    targets: tuple[str, ...] = (EVERY_LINEAR,)
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Format):
+    """A compressed-tensors checkpoint's settings.
+
+    Attributes:
+        groups: modules by their settings.
+        ignore: modules that stay dense, by name or by pattern after `re:`.
     """
 
     name: ClassVar[str] = "compressed-tensors"
-    schemes: ClassVar[tuple[str, ...]] = ("w4a16", "w8a16", "w8a8")
+    schemes: ClassVar[tuple[str, ...]] = tuple(_LAYOUT_OF)
 
-    layout: str
-    bits: int
-    group_size: int
-    activations: str | None = None
-    group_index: bool = False
-    ignore: tuple[str, ...] = ("lm_head",)
+    groups: tuple[ModuleGroup, ...]
+    ignore: tuple[str, ...] = (HEAD,)
 
     @classmethod
-    def for_scheme(
-        cls,
-        scheme: Scheme,
-        ignore: Sequence[str] = ("lm_head",),
-        desc_act: bool = False,
-        damp: float | None = None,
-    ) -> Self:
-        cls.check(scheme)
+    def for_schemes(cls, schemes: Mapping[str, Scheme], desc_act: bool = False, damp: float | None = None) -> Self:
+        """Several schemes are told apart by full names alone.
+
+        vLLM runs query, key and value, and gate and up, as one layer each. It finds the full names of such a layer's
+        parts, but would see `Linear`, in another group, before them.
+        """
+        quantized, ignore = cls.split(schemes)
         if desc_act:
             raise InputError("compressed-tensors stores no group index, so --desc-act cannot be written to it")
-        if scheme.group_size is None:
-            raise ValueError("the group size is not settled")
-        layout = INTEGER if scheme.activations else PACKED
-        return cls(layout, scheme.bits, scheme.group_size, scheme.activations, False, tuple(ignore))
+        layouts = dict.fromkeys(_layout_for(scheme) for scheme in quantized.values())
+        if len(layouts) == 1:
+            return cls(tuple(ModuleGroup(layout) for layout in layouts), ignore)
+        groups = [
+            ModuleGroup(layout, tuple(module for module, scheme in quantized.items() if _layout_for(scheme) == layout))
+            for layout in layouts
+        ]
+        return cls(tuple(groups), ignore)
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
         read = parse_settings(_Config, config, cls.name)
-        if len(read.config_groups) != 1:
-            raise InputError(
-                f"quantization_config of {cls.name} has {len(read.config_groups)} config_groups; exactly one is read"
-            )
+        if not read.config_groups:
+            raise InputError(f"quantization_config of {cls.name} has 0 config_groups; at least one is needed")
         if read.transform_config:
             raise InputError(f"quantization_config of {cls.name} has a transform_config, which is not supported")
-        (group,) = read.config_groups.values()
-        weights = group.weights
-        if weights.strategy == "group" and (weights.group_size or 0) < 1:
-            raise InputError(f"quantization_config of {cls.name} has groups without a positive group_size")
-        layout = group.format or read.format
-        if layout not in (PACKED, INTEGER):
-            raise InputError(f"quantization_config of {cls.name} is {layout} and its group does not say what it is")
-        size = PER_CHANNEL if weights.strategy == "channel" or weights.group_size is None else weights.group_size
-        indexed = weights.actorder in ("group", True)
-        return cls(
-            layout, weights.num_bits, size, "int8" if group.input_activations else None, indexed, tuple(read.ignore or ())
-        )
+        groups = [
+            ModuleGroup(_layout_of(group, name, read.format), tuple(group.targets))
+            for name, group in read.config_groups.items()
+        ]
+        check_names([name for group in groups for name in group.targets])
+        check_names(read.ignore or ())
+        return cls(tuple(groups), tuple(read.ignore or ()))
 
     def config(self) -> dict[str, Any]:
-        per_row = self.group_size == PER_CHANNEL
-        weights = {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel" if per_row else "group",
-            "group_size": None if per_row else self.group_size,
-            "dynamic": False,
-        }
-        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        formats = {group.layout.name for group in self.groups}
         return {
             "quant_method": self.name,
-            "format": self.layout,
+            "format": formats.pop() if len(formats) == 1 else MIXED,
             "quantization_status": "compressed",
             "ignore": list(self.ignore),
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": weights,
-                    "input_activations": activations if self.activations else None,
-                    "output_activations": None,
-                    "format": self.layout,
-                }
-            },
+            "config_groups": {f"group_{i}": _group_config(group) for i, group in enumerate(self.groups)},
         }
 
     def holds(self, module: str, names: Container[str]) -> bool:
         return f"{module}.weight_scale" in names
 
     def encode(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-        expect(module, weight, self.bits, True, None if self.group_size == PER_CHANNEL else self.group_size)
-        if weight.activations != self.activations:
-            raise LlmoptError(
-                f"{module} rounds activations to {weight.activations}, not {self.activations}"
-            )
-        if weight.group_index is not None:
-            raise LlmoptError(f"{module} has a group index, which {self.name} cannot store")
-        if self.layout == INTEGER:
-            return {
-                f"{module}.weight": (weight.codes - weight.middle).view(torch.int8),  # bytes wrap round, as is wanted
-                f"{module}.weight_scale": weight.scales.float(),
-            }
-        return {
-            f"{module}.weight_packed": bit_stream.pack(weight.codes, self.bits),
-            f"{module}.weight_scale": to_float16(weight.scales, module),
-            f"{module}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-        }
+        layout = self.layout(module)
+        layout.check(module, weight)
+        return layout.encode(module, weight)
 
     def decode(self, module: str, load: Load) -> QuantizedTensor:
-        codes = self._integer_codes(module, load) if self.layout == INTEGER else self._packed_codes(module, load)
-        out_features, in_features = codes.shape
-        scales = load_as(load, f"{module}.weight_scale", (out_features, None), None)
-        index = load_as(load, f"{module}.weight_g_idx", (in_features,), torch.int32) if self.group_index else None
-        groups = scales.shape[1]
-        if index is None and in_features % groups:
-            raise InputError(f"{module}.weight_scale has {groups} groups, which do not divide {in_features} inputs")
-        if index is not None and not 0 <= int(index.min()) <= int(index.max()) < groups:
-            raise InputError(f"{module}.weight_g_idx names groups that are not among the {groups} of its scales")
-        return QuantizedTensor(codes, scales, None, index, self.bits, self.activations).plain_order()
+        return self.layout(module).decode(module, load)
 
-    def _integer_codes(self, module: str, load: Load) -> Tensor:
-        stored = load_as(load, f"{module}.weight", (None, None), torch.int8)
-        if int(stored.min()) < -(1 << (self.bits - 1)) or int(stored.max()) >= 1 << (self.bits - 1):
-            raise InputError(f"{module}.weight holds codes that do not fit into {self.bits} bits")
-        return stored.view(torch.uint8) + (1 << (self.bits - 1))  # wraps round, as bytes do
+    def layout(self, module: str) -> Layout:
+        """The settings of a module; names go before patterns, and both before `Linear`, as in compressed-tensors.
 
-    def _packed_codes(self, module: str, load: Load) -> Tensor:
-        out_features, in_features = load_as(load, f"{module}.weight_shape", (2,), torch.int64).tolist()
-        words = bit_stream.words_for(in_features, self.bits)
-        packed = load_as(load, f"{module}.weight_packed", (out_features, words), torch.int32)
-        return bit_stream.unpack(packed, self.bits, in_features)
+        Raises InputError where they say that it stays dense, or nothing.
+        """
+        if is_named(module, self.ignore):
+            raise InputError(f"quantization_config of {self.name}: {module} is quantized, but `ignore` names it")
+        found = (
+            next((group for group in self.groups if module in group.targets), None)
+            or next((group for group in self.groups if is_named(module, group.targets)), None)
+            or next((group for group in self.groups if EVERY_LINEAR in group.targets), None)
+        )
+        if found is None:
+            raise InputError(f"quantization_config of {self.name}: {module} is quantized, but no group targets it")
+        return found.layout
+
+
+def _layout_for(scheme: Scheme) -> Layout:
+    """The settings to write a scheme with; its group size is settled."""
+    kind, size = _LAYOUT_OF[scheme.name], scheme.group_size or PER_CHANNEL
+    strategy = "channel" if size == PER_CHANNEL else kind.group_strategy
+    return kind(scheme.bits, strategy, size, scheme.activations)
+
+
+def _layout_of(group: _Group, name: str, format: str) -> Layout:
+    """The settings of a group. Raises InputError where they do not go together, or with the layout's name."""
+    where, weights = f"quantization_config of {CompressedTensors.name}, config_groups.{name}", group.weights
+    layout = group.format or format
+    if layout == "naive-quantized":  # its name where the settings alone say what it is
+        layout = Integers.name if weights.type == "int" else Floats.name
+    if layout not in LAYOUTS:
+        raise InputError(f"{where}: the whole is {layout}, and the group has no format that says what it is")
+    kind = LAYOUTS[layout]
+    grouped = weights.strategy in ("group", "tensor_group")
+    size = (weights.group_size or 0) if grouped else PER_CHANNEL
+    if grouped and size < 1:
+        raise InputError(f"{where} has groups without a positive group_size")
+    checks = {
+        "type": (weights.type == "int") == (kind.number == INT),
+        "num_bits": weights.num_bits in kind.widths,
+        "strategy": weights.strategy in kind.strategies,
+        "group_size": kind.group_sizes is None or size in kind.group_sizes,
+        "symmetric": weights.symmetric or kind is PackedIntegers,
+    }
+    for field, right in checks.items():
+        if not right:
+            raise InputError(f"{where}: weights.{field} is {getattr(weights, field)!r}, which {layout} does not hold")
+    activations = (
+        None if group.input_activations is None else "int8" if group.input_activations.type == "int" else "fp8"
+    )
+    indexed = kind is PackedIntegers and weights.actorder in ("group", True)
+    return kind(weights.num_bits, weights.strategy, size, activations, weights.symmetric, indexed)
+
+
+def _group_config(group: ModuleGroup) -> dict[str, Any]:
+    layout = group.layout
+    weights = {
+        "num_bits": layout.bits,
+        "type": "int" if layout.number == INT else "float",
+        "symmetric": layout.symmetric,
+        "strategy": layout.strategy,
+        "group_size": None if layout.group_size == PER_CHANNEL else layout.group_size,
+        "dynamic": False,
+        **({"actorder": "group"} if layout.group_index else {}),
+    }
+    activations = {
+        "num_bits": 8,
+        "type": "int" if layout.activations == "int8" else "float",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
+    return {
+        "targets": list(group.targets),
+        "weights": weights,
+        "input_activations": activations if layout.activations else None,
+        "output_activations": None,
+        "format": layout.name,
+    }

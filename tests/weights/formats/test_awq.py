@@ -47,7 +47,7 @@ def test_the_layout_is_the_documented_one(weight) -> None:
 
 def test_whole_rows(weight, same) -> None:
     original = weight(8, 40, 40, 4, False)
-    written = AWQ.for_scheme(find_scheme("w4a16-asym").with_group_size(PER_CHANNEL))
+    written = AWQ.for_schemes({"m": find_scheme("w4a16-asym").with_group_size(PER_CHANNEL)})
     assert written.config()["group_size"] == -1
     same(written.decode("m", written.encode("m", original).__getitem__), original)
 
@@ -61,9 +61,17 @@ def test_transformers_reads_the_config() -> None:
 
 def test_what_awq_does_not_hold_is_refused(weight) -> None:
     with pytest.raises(InputError, match="awq does not hold w4a16; it holds w4a16-asym"):
-        AWQ.for_scheme(find_scheme("w4a16").with_group_size(64))
+        AWQ.for_schemes({"m": find_scheme("w4a16").with_group_size(64)})
     with pytest.raises(InputError, match="desc-act"):
-        AWQ.for_scheme(find_scheme("w4a16-asym").with_group_size(64), desc_act=True)
+        AWQ.for_schemes({"m": find_scheme("w4a16-asym").with_group_size(64)}, desc_act=True)
+    with pytest.raises(InputError, match="one group size"):
+        AWQ.for_schemes({str(size): find_scheme("w4a16-asym").with_group_size(size) for size in (32, 64)})
+
+
+def test_dense_modules_are_named() -> None:
+    written = AWQ.for_schemes({"a": find_scheme("w4a16-asym").with_group_size(64), "b": find_scheme("f16")})
+    assert written.config()["modules_to_not_convert"] == ["lm_head", "b"]
+    assert find_format(written.config()) == written
 
 
 @pytest.mark.parametrize(
@@ -91,6 +99,7 @@ def test_outputs_that_do_not_fill_words_are_refused(weight) -> None:
         ("qweight", torch.zeros(64, 2)),
         ("scales", torch.zeros(3, 8)),
         ("scales", torch.zeros(2, 16)),
+        ("scales", torch.full((2, 8), float("inf"))),
         ("qzeros", torch.zeros(1, 1, dtype=torch.int32)),
     ],
 )

@@ -16,7 +16,7 @@ def test_a_format_reads_its_own_config_of_every_scheme_it_holds(name: str) -> No
     for scheme_name in FORMATS[name].schemes:
         scheme = SCHEMES[scheme_name]
         settled = scheme if scheme.fixed_group else scheme.with_group_size(64)
-        written = FORMATS[name].for_scheme(settled, damp=0.01 if name == "gptq" else None)
+        written = FORMATS[name].for_schemes({"m": settled}, damp=0.01 if name == "gptq" else None)
         assert find_format(written.config()).config() == written.config()
 
 

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -99,18 +100,93 @@ def test_either_key_names_the_version(key: str) -> None:
 def test_transformers_reads_the_config() -> None:
     from transformers import GPTQConfig
 
-    config = FORMATS["gptq"].for_scheme(find_scheme("w4a16").with_group_size(64), desc_act=True, damp=0.05).config()
+    schemes = {"m": find_scheme("w4a16").with_group_size(64)}
+    config = FORMATS["gptq"].for_schemes(schemes, desc_act=True, damp=0.05).config()
     read = GPTQConfig.from_dict(config)
     assert (read.bits, read.group_size, read.desc_act, read.sym, read.damp_percent) == (4, 64, True, True, 0.05)
 
 
-def test_modules_left_out_are_named_for_the_runtimes() -> None:
-    scheme = find_scheme("w4a16").with_group_size(64)
-    written = GPTQ.for_scheme(scheme, ignore=("lm_head", "model.layers.1.mlp.down_proj"))
+def scheme(name: str, group_size: int = 32):
+    return find_scheme(name).with_group_size(group_size)
+
+
+def test_modules_left_out_are_named_for_the_runtimes(weight) -> None:
+    left_out = "model.layers.1.mlp.down_proj"
+    written = GPTQ.for_schemes({"model.layers.0.mlp.down_proj": scheme("w4a16"), left_out: find_scheme("f16")})
     config = written.config()
     assert config["lm_head"] is False
     assert config["dynamic"] == {r"-:^model\.layers\.1\.mlp\.down_proj$": {}}
-    assert find_format(config).group_size == 64
+    assert find_format(config) == written
+    with pytest.raises(InputError, match="leaves it out"):
+        written.encode(left_out, weight(16, 64, 32, 4, True))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_width_is_written_alone(weight, same, bits: int, symmetric: bool) -> None:
+    written = GPTQ.for_schemes({"m": scheme(f"w{bits}a16{'' if symmetric else '-asym'}")})
+    assert written.version == (V1 if symmetric else V2)
+    original = weight(32, 64, 32, bits, symmetric)
+    same(find_format(written.config()).decode("m", written.encode("m", original).__getitem__), original)
+
+
+MIXED = {
+    "layers.0.q_proj": scheme("w8a16", 64),
+    "layers.0.k_proj": scheme("w8a16", 64),
+    "layers.0.v_proj": scheme("w8a16", 64),
+    "layers.0.gate_proj": scheme("w4a16"),
+    "layers.0.up_proj": scheme("w3a16"),
+    "layers.0.down_proj": scheme("w4a16-asym"),
+    "layers.1.q_proj": find_scheme("bf16"),
+    "layers.1.down_proj": scheme("w4a16"),
+    "layers.10.gate_proj": scheme("w4a16"),
+    "layers.10.down_proj": scheme("w4a16"),
+}
+
+
+def test_modules_may_differ(weight, same) -> None:
+    written = GPTQ.for_schemes(MIXED)
+    assert (written.bits, written.group_size, written.sym, written.version) == (4, 32, True, V2)
+    assert written.config()["dynamic"] == {
+        r"-:^layers\.1\.q_proj$": {},
+        r"+:^layers\.0\.(q_proj|k_proj|v_proj|qkv_proj)$": {"bits": 8, "group_size": 64, "sym": True},
+        r"+:^layers\.0\.up_proj$": {"bits": 3, "group_size": 32, "sym": True},
+        r"+:^layers\.0\.down_proj$": {"bits": 4, "group_size": 32, "sym": False},
+    }
+    read = find_format(written.config())
+    assert read == written
+    for seed, (module, its) in enumerate(MIXED.items()):
+        if its.is_dense:
+            continue
+        original = weight(32, 64, its.group_size, its.bits, its.symmetric, seed=seed)
+        tensors = written.encode(module, original)
+        same(read.decode(module, tensors.__getitem__), original)
+        with pytest.raises(LlmoptError, match="settings say"):
+            written.encode(module, weight(32, 64, its.group_size, 2, its.symmetric))
+
+
+def test_vllm_finds_the_same_settings_by_the_names_of_its_fused_layers() -> None:
+    """vLLM takes the first pattern that matches `qkv_proj`, from the beginning of the name."""
+    dynamic = GPTQ.for_schemes(MIXED).config()["dynamic"]
+    matching = [rule for key, rule in dynamic.items() if re.match(key[2:], "layers.0.qkv_proj")]
+    assert matching == [{"bits": 8, "group_size": 64, "sym": True}]
+    assert not any(re.match(key[2:], "layers.0.gate_up_proj") for key in dynamic)
+
+
+def test_rules_of_gptqmodel_are_read_in_order() -> None:
+    dynamic = {"-:.*skip": {}, ".*down_proj": {"bits": 8, "mse": 2.0}, "+:.*proj": {"sym": False, "desc_act": True}}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "dynamic": dynamic}
+    read = find_format(config)
+    assert read.settings("a.down_proj") == GPTQ(8, 32, False, True, V1)
+    assert read.settings("a.up_proj") == GPTQ(4, 32, True, False, V1)
+    assert read.settings("a.other") == GPTQ(4, 32, False, True, V1)
+    with pytest.raises(InputError, match="leaves it out"):
+        read.settings("a.skip_proj")
+
+
+def test_nothing_to_quantize_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing is left"):
+        GPTQ.for_schemes({"m": find_scheme("f16")})
 
 
 @pytest.mark.parametrize(
@@ -119,6 +195,7 @@ def test_modules_left_out_are_named_for_the_runtimes() -> None:
         ({"scales": torch.full((16, 2), 1e6)}, "float16"),
         ({"scales": torch.full((16, 2), float("nan"))}, "float16"),
         ({"bits": 8}, "8 bits"),
+        ({"minimums": torch.ones(16, 2)}, "asymmetric"),
         ({"zeros": torch.ones(16, 2, dtype=torch.uint8)}, "asymmetric"),
         ({"group_index": torch.zeros(64, dtype=torch.int32)}, "group index"),
         ({"scales": torch.ones(16, 4)}, "4 groups"),
@@ -143,6 +220,7 @@ def test_shapes_that_do_not_fill_words_are_refused(weight) -> None:
         ("scales", torch.zeros(2, 15)),
         ("scales", torch.zeros(2, 16, dtype=torch.int32)),
         ("scales", torch.zeros(0, 16)),
+        ("scales", torch.full((2, 16), float("nan"))),
         ("qzeros", torch.zeros(2, 3, dtype=torch.int32)),
         ("g_idx", torch.full((64,), 2, dtype=torch.int32)),
         ("g_idx", torch.full((64,), -1, dtype=torch.int32)),
@@ -182,7 +260,10 @@ def test_only_modules_with_tensors_are_quantized() -> None:
         ({"format": "bitblas"}, "bitblas"),
         ({"pack_dtype": "int8"}, "pack_dtype"),
         ({"is_marlin_format": True}, "is_marlin_format"),
-        ({"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic"),
+        ({"dynamic": {"+:.*down.*": {"bits": 5}}}, "dynamic.*bits"),
+        ({"dynamic": {"+:.*down.*": {"group_size": 0}}}, "group_size is 0"),
+        ({"dynamic": {"+:(a+)+": {}}}, "could take very long"),
+        ({"dynamic": [".*"]}, "dynamic"),
         ({"sym": "yes"}, "sym"),
     ],
 )
