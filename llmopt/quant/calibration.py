@@ -50,16 +50,17 @@ class CalibrationSweep:
         for group, linear in observed.items():
             setattr(layer, group, linear)
         for hidden in self.batches:
-            self._run(layer, hidden)
+            self.run(layer, hidden)
         for group, linear in observed.items():
             setattr(layer, group, linear.linear)
         return {group: linear.statistics for group, linear in observed.items()}
 
     @torch.inference_mode()
     def advance(self, layer: DecoderLayer) -> None:
-        self.batches = [self._run(layer, hidden) for hidden in self.batches]
+        self.batches = [self.run(layer, hidden) for hidden in self.batches]
 
-    def _run(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
+    def run(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
+        """A layer over whole samples, [samples, length, hidden] to the same shape."""
         samples = hidden.shape[0]
         rotation = self.cos.repeat(samples, 1), self.sin.repeat(samples, 1)
         return layer(hidden.flatten(0, 1), rotation, self._attend).unflatten(0, (samples, self.length))
