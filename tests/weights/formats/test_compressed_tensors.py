@@ -137,7 +137,7 @@ def test_what_the_peer_compresses_is_read_exactly(name: str, group_size: int) ->
     assert torch.equal(mine.scales.float(), original.scales.float())
 
 
-@pytest.mark.parametrize("outputs", [1, 6, 16])
+@pytest.mark.parametrize("outputs", [9, 16])
 def test_zero_points_of_the_peer_are_read(outputs: int) -> None:
     config = format_of("w4a16", 8).config()
     config["config_groups"]["group_0"]["weights"]["symmetric"] = False
@@ -238,8 +238,10 @@ def test_transformers_loads_a_checkpoint_and_computes_the_same(tiny_model, tmp_p
     dense = write_quantized(folder, tmp_path, schemes_for(folder, which))
     tokens = list(range(3, 60))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model.hf_quantizer.compressor.decompress_model(model)  # would wait for the first call
+    torch.nn.Module.float(model)  # FP4 comes out in bfloat16, which holds it exactly
     with torch.inference_mode():
-        theirs = model(torch.tensor([tokens])).logits[0].float()  # decompression waits for the first call
+        theirs = model(torch.tensor([tokens])).logits[0]
     parameters = dict(model.named_parameters())
     assert len(dense) == (14 if which == "mixed" else 21)
     for name, expected in dense.items():
@@ -248,7 +250,7 @@ def test_transformers_loads_a_checkpoint_and_computes_the_same(tiny_model, tmp_p
         (tmp_path / file.name).write_bytes(file.read_bytes())
     ours = torch.cat(list(Scorer(EngineConfig(model=str(tmp_path), backend="reference")).logits(tokens)))
     # compressed-tensors divides the range of int8 activations by 127.5, and this project by 127, the largest code.
-    tolerance = {"w8a8": 0.05}.get(which, 1e-3) * theirs.std()
+    tolerance = {"w8a8": 0.05}.get(which, 1e-4) * theirs.std()
     assert (ours - theirs).square().mean().sqrt() < tolerance
 
 
