@@ -18,7 +18,7 @@ from llmopt.model.tokenizer import Tokenizer, read_json, tokenizer_from_folder, 
 from llmopt.weights import gguf_tensors
 from llmopt.weights.checkpoint import SafetensorsCheckpoint
 from llmopt.weights.formats import find_format
-from llmopt.weights.gguf_file import GGUFFile
+from llmopt.weights.gguf_file import GGUFFile, GGUFTensorInfo
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -46,6 +46,10 @@ class ModelSource(ABC):
     def weight(self, name: str) -> Weight:
         """A parameter as it is stored: quantized, or in its floating-point dtype. Raises InputError if missing."""
 
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `weight` would have, from the header alone. Raises InputError if missing."""
+
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
@@ -72,9 +76,16 @@ class ModelSource(ABC):
     def checked(self, name: str, shape: tuple[int, ...]) -> Weight:
         """A parameter that must have this shape. Raises InputError where it has another."""
         weight = self.weight(name)
-        if tuple(weight.shape) != shape:
-            raise InputError(f"{self.path}: {name} is {list(weight.shape)}, but its config says {list(shape)}")
+        self._compare(name, tuple(weight.shape), shape)
         return weight
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise InputError where a parameter is missing or of another shape, without reading its values."""
+        self._compare(name, self.shape(name), shape)
+
+    def _compare(self, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        if found != shape:
+            raise InputError(f"{self.path}: {name} is {list(found)}, but its config says {list(shape)}")
 
     @property
     def embedding(self) -> Weight:
@@ -122,12 +133,21 @@ class FolderSource(ModelSource):
     def weight(self, name: str) -> Weight:
         if self._format is not None and self._is_quantized(name):
             return self._format.decode(name.removesuffix(".weight"), self.checkpoint.load)
+        self._check_dense(name)
+        return self.checkpoint.load(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if self._format is not None and self._is_quantized(name):
+            return self._format.shape(name.removesuffix(".weight"), self.checkpoint.load)
+        self._check_dense(name)
+        return self.checkpoint.shape(name)
+
+    def _check_dense(self, name: str) -> None:
         if name not in self._names:
             raise InputError(f"{self.path} holds no tensor {name}, which its config calls for")
-        tensor = self.checkpoint.load(name)
-        if not tensor.is_floating_point() or tensor.itemsize < 2:  # 8 bits are codes, whose scales are missing
-            raise InputError(f"{self.path}: {name} is {tensor.dtype}, not floating point of 16 bits or more")
-        return tensor
+        dtype = self.checkpoint.dtype(name)
+        if not dtype.is_floating_point or dtype.itemsize < 2:  # 8 bits are codes, whose scales are missing
+            raise InputError(f"{self.path}: {name} is {dtype}, not floating point of 16 bits or more")
 
     def _is_quantized(self, name: str) -> bool:
         return self._format is not None and self._format.holds(name.removesuffix(".weight"), self._names)
@@ -166,12 +186,18 @@ class GGUFSource(ModelSource):
             raise InputError(f"{path}: its rope_freqs are not those of Llama 3's rope scaling, the one that is known")
 
     def weight(self, name: str) -> Weight:
+        weight = gguf_tensors.load(self.file, self._info(name).name)
+        heads = gguf_names.permuted_heads(name, self.architecture, self.config)
+        return weight if heads is None else gguf_names.pairs_to_halves(weight, heads)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._info(name).shape
+
+    def _info(self, name: str) -> GGUFTensorInfo:
         stored = gguf_names.to_gguf(name)
         if stored not in self.file.tensors:
             raise InputError(f"{self.path} holds no tensor {stored}, which its header calls for")
-        weight = gguf_tensors.load(self.file, stored)
-        heads = gguf_names.permuted_heads(name, self.architecture, self.config)
-        return weight if heads is None else gguf_names.pairs_to_halves(weight, heads)
+        return self.file.tensors[stored]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -114,6 +114,10 @@ class AWQ(Format):
             _unpack(packed).T.contiguous(), scales.T.contiguous(), _unpack(zeros).T.contiguous(), None, BITS
         )
 
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        packed = load_as(load, f"{module}.qweight", (None, None), torch.int32)
+        return packed.shape[1] * len(ORDER), packed.shape[0]
+
 
 def _pack(values: Tensor) -> Tensor:
     """uint8 [rows, outputs] into int32 [rows, outputs / 8]."""

@@ -81,6 +81,11 @@ class Format(ABC):
     def decode(self, module: str, load: Load) -> QuantizedTensor:
         """A module from its tensors. Raises InputError where one is missing or does not fit the others."""
 
+    @abstractmethod
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        """Outputs and inputs of a module, for which no codes are looked at. Raises InputError where its tensors are
+        missing."""
+
 
 class Settings(BaseModel):
     """A part of a `quantization_config`. Values of a wrong type are refused; fields that are not listed are left."""

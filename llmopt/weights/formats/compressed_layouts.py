@@ -78,6 +78,10 @@ class Layout(ABC):
     def decode(self, module: str, load: Load) -> QuantizedTensor:
         """A module from its tensors. Raises InputError where one is missing or does not fit the others."""
 
+    @abstractmethod
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        """Outputs and inputs, for which no codes are looked at."""
+
     def check(self, module: str, weight: QuantizedTensor) -> None:
         """Raise LlmoptError where a weight is not what these settings say."""
         expect(module, weight, self.bits, self.symmetric, self.group_size, self.number)
@@ -126,6 +130,10 @@ class PackedIntegers(Layout):
         zeros = None if self.symmetric else self._zeros(module, load, out_features, groups)
         return QuantizedTensor(codes, scales, zeros, index, self.bits, self.activations).plain_order()
 
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        out_features, in_features = load_as(load, f"{module}.weight_shape", (2,), torch.int64).tolist()
+        return out_features, in_features
+
     def _zeros(self, module: str, load: Load, out_features: int, groups: int) -> Tensor:
         words = bit_stream.words_for(out_features, self.bits)
         packed = load_as(load, f"{module}.weight_zero_point", (words, groups), torch.int32)
@@ -154,6 +162,10 @@ class Integers(Layout):
             raise InputError(f"{module}: {scales.shape[1]} groups do not divide {codes.shape[1]} inputs")
         return QuantizedTensor(codes, scales, None, None, self.bits, self.activations)
 
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        out_features, in_features = load_as(load, f"{module}.weight", (None, None), torch.int8).shape
+        return out_features, in_features
+
 
 class Floats(Layout):
     name = "float-quantized"
@@ -172,6 +184,10 @@ class Floats(Layout):
         _check_e4m3(f"{module}.weight", codes)
         scales = self.load_row_scales(module, load, codes.shape).float()
         return QuantizedTensor(codes, scales, None, None, self.bits, self.activations, FP8)
+
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        out_features, in_features = load_as(load, f"{module}.weight", (None, None), torch.float8_e4m3fn).shape
+        return out_features, in_features
 
 
 class NVFP4(Layout):
@@ -210,6 +226,9 @@ class NVFP4(Layout):
         scales = TwoLevel(values, (1 / divisor).view(1, 1))
         return QuantizedTensor(codes, scales, None, None, self.bits, self.activations, FP4)
 
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        return _shape_of_pairs(module, load)
+
 
 class MXFP4(Layout):
     name = "mxfp4-pack-quantized"
@@ -236,6 +255,9 @@ class MXFP4(Layout):
         scales = exponents.view(torch.float8_e8m0fnu)
         return QuantizedTensor(codes, scales, None, None, self.bits, self.activations, FP4)
 
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        return _shape_of_pairs(module, load)
+
 
 LAYOUTS: dict[str, type[Layout]] = {kind.name: kind for kind in (PackedIntegers, Integers, Floats, NVFP4, MXFP4)}
 """Every layout by the name that is its `format` in config.json."""
@@ -244,6 +266,11 @@ LAYOUTS: dict[str, type[Layout]] = {kind.name: kind for kind in (PackedIntegers,
 def _pack_pairs(codes: Tensor) -> Tensor:
     """uint8 codes of 4 bits [O, I] into uint8 [O, I / 2]."""
     return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def _shape_of_pairs(module: str, load: Load) -> tuple[int, int]:
+    out_features, in_bytes = load_as(load, f"{module}.weight_packed", (None, None), torch.uint8).shape
+    return out_features, 2 * in_bytes
 
 
 def _load_pairs(module: str, load: Load, group_size: int) -> Tensor:

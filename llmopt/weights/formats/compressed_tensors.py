@@ -156,6 +156,9 @@ class CompressedTensors(Format):
     def decode(self, module: str, load: Load) -> QuantizedTensor:
         return self.layout(module).decode(module, load)
 
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        return self.layout(module).shape(module, load)
+
     def layout(self, module: str) -> Layout:
         """The settings of a module; names go before patterns, and both before `Linear`, as in compressed-tensors.
 

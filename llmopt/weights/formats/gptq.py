@@ -226,6 +226,10 @@ class GPTQ(Format):
             own.bits,
         ).plain_order()
 
+    def shape(self, module: str, load: Load) -> tuple[int, int]:
+        packed = load_as(load, f"{module}.qweight", (None, None), torch.int32)
+        return packed.shape[1], packed.shape[0] * bit_stream.WORD // self.settings(module).bits
+
 
 def _patterns(modules: Iterable[str]) -> list[str]:
     """Patterns that match these modules and no others, and the layers that vLLM makes of several of them."""
