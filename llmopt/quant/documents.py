@@ -84,10 +84,10 @@ def _parse(line: bytes, where: str) -> Any:
 def _document(row: Any, tokenizer: Tokenizer, where: str) -> str:
     """The text of one object. Where it has both forms its text is taken, which suits models of every kind."""
     if not isinstance(row, Mapping):
-        raise InputError(f"{where} is a {type(row).__name__}; it must be {FORMS}")
+        raise InputError(f"{where} holds {row!r:.40}; it must be {FORMS}")
     if "text" in row:
         if not isinstance(row["text"], str):
-            raise InputError(f'{where}: "text" is a {type(row["text"]).__name__}, not a string')
+            raise InputError(f'{where}: "text" is {row["text"]!r:.40}, not a string')
         return row["text"]
     if "messages" not in row:
         found = ", ".join(json.dumps(key) for key in list(row)[:8]) or "no keys"
