@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -44,6 +45,11 @@ def recipe_for(quantizer: str, model: Path, output: Path, **others) -> Recipe:
 def cuda(monkeypatch) -> None:
     """Let it seem that there is a CUDA device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.fixture(autouse=True)
+def logs_go_with_the_test(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------
@@ -210,7 +216,6 @@ def test_a_worker_that_fails_is_one_line_and_leaves_its_log(body: str, says: str
     assert "\n" not in str(caught.value)
     log = Path(str(caught.value).split("log: ")[1].rstrip(")"))
     assert ("kaputt" in log.read_text()) == ("kaputt" in body)
-    log.unlink()
 
 
 def test_a_worker_does_not_outlive_an_interruption(tmp_path: Path, monkeypatch) -> None:
