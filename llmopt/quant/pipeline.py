@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from llmopt.progress import Progress, silent
 from llmopt.quant.calibration import CalibrationSweep
 from llmopt.quant.export import open_exporter
 from llmopt.quant.manifest import build_manifest
-from llmopt.quant.methods.base import Method, ModuleReport
+from llmopt.quant.methods.base import LayerResult, Method, ModuleReport
 from llmopt.quant.options import Options, make_options
 from llmopt.quant.phases import Phases
 from llmopt.quant.recipe import Recipe, resolve
 from llmopt.quant.samples import calibration_tokens
+from llmopt.quant.work import WorkFolder
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
 
@@ -32,27 +34,34 @@ def quantize(
     *,
     format: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> dict[str, Any]:
     """Write a quantized copy of a model; the options are those of `Options`, the flags of `llmopt quantize`.
 
+    A run that calibrates keeps the layers it has finished in a hidden folder beside the output until it is done;
+    `resume` goes on after one that was interrupted, and gives the same bytes.
+
     Returns the result as `llmopt quantize --json` documents it. Raises InputError for options that do not go together
     and LlmoptError where it cannot be done; then there is nothing under `output`.
     """
     exports = [{"output": output, "format": format}]
-    (result,) = run(make_options({"model": model, "exports": exports, **options}), overwrite, progress)
+    (result,) = run(make_options({"model": model, "exports": exports, **options}), overwrite, progress, resume)
     return result
 
 
-def run(options: Options, overwrite: bool = False, progress: Progress = silent) -> list[dict[str, Any]]:
+def run(
+    options: Options, overwrite: bool = False, progress: Progress = silent, resume: bool = False
+) -> list[dict[str, Any]]:
     """Do all that the options ask for. Returns the manifest of each export. Raises as `quantize` does."""
     started = time.monotonic()
     phases = Phases()
     source = open_source(options.model)
     recipe = resolve(options, source.config)
     torch.manual_seed(options.seed)
-    with ExitStack() as stack, torch.inference_mode():
+    # The work folder is closed last: what it keeps must outlive a failure to publish.
+    with WorkFolder(recipe, source, resume, overwrite) as work, ExitStack() as stack, torch.inference_mode():
         exporters = [
             stack.enter_context(open_exporter(export, recipe, source, overwrite)) for export in recipe.options.exports
         ]
@@ -64,7 +73,7 @@ def run(options: Options, overwrite: bool = False, progress: Progress = silent) 
                     exporter.add(name, weight)
 
         add(EMBEDDING, source.embedding)
-        modules = _quantize_layers(recipe, source, add, phases, progress)
+        modules = _quantize_layers(recipe, source, work, add, phases, progress)
         add(FINAL_NORM, source.final_norm)
         if not source.config.tie_word_embeddings:
             add(HEAD, source.head)
@@ -79,22 +88,27 @@ def run(options: Options, overwrite: bool = False, progress: Progress = silent) 
 
 
 def _quantize_layers(
-    recipe: Recipe, source: ModelSource, add: Callable[[str, Weight], None], phases: Phases, progress: Progress
+    recipe: Recipe,
+    source: ModelSource,
+    work: WorkFolder,
+    add: Callable[[str, Weight], None],
+    phases: Phases,
+    progress: Progress,
 ) -> list[ModuleReport]:
     method = recipe.build_method(source.config)
     backend = ReferenceBackend(recipe.device, products=fast_products(recipe.device))
-    sweep = _start_sweep(recipe, source, method, backend, phases, progress)
+    sweep = _start_sweep(recipe, source, work, method, backend, phases, progress)
     reports: list[ModuleReport] = []
     for index in range(source.config.num_layers):
         progress(f"quantizing{_last_error(reports)}", index, source.config.num_layers)
         with phases("read"):
-            weights = {name: as_dense(weight) for name, weight in source.layer(index).items()}
-        with phases("observe"):
-            statistics = {} if sweep is None else sweep.observe(DecoderLayer(source.config, index, weights, backend))
-        with phases("choose codes"):
-            result = method.quantize_layer(weights, recipe.layer_schemes(index), statistics)
+            kept = work.load_layer(index)
+        result = kept or _quantize_layer(recipe, source, index, method, sweep, phases)
         for name, weight in result.weights.items():
             add(layer_name(index, name), weight)
+        if kept is None:
+            with phases("write"):
+                work.keep_layer(index, result)
         reports += [replace(report, name=layer_name(index, report.name)) for report in result.modules]
         if sweep is not None and index + 1 < source.config.num_layers:
             with phases("advance"):
@@ -102,16 +116,35 @@ def _quantize_layers(
     return reports
 
 
+def _quantize_layer(
+    recipe: Recipe, source: ModelSource, index: int, method: Method, sweep: CalibrationSweep | None, phases: Phases
+) -> LayerResult:
+    with phases("read"):
+        weights = {name: as_dense(weight) for name, weight in source.layer(index).items()}
+    with phases("observe"):
+        statistics = {} if sweep is None else sweep.observe(DecoderLayer(source.config, index, weights, sweep.backend))
+    with phases("choose codes"):
+        return method.quantize_layer(weights, recipe.layer_schemes(index), statistics)
+
+
 def _start_sweep(
-    recipe: Recipe, source: ModelSource, method: Method, backend: ReferenceBackend, phases: Phases, progress: Progress
+    recipe: Recipe,
+    source: ModelSource,
+    work: WorkFolder,
+    method: Method,
+    backend: ReferenceBackend,
+    phases: Phases,
+    progress: Progress,
 ) -> CalibrationSweep | None:
     if recipe.calibration is None:
         return None
     options = recipe.options
+    choose = partial(
+        calibration_tokens,
+        recipe.calibration, source, options.samples, options.seq_len, options.seed, recipe.device, progress,
+    )  # fmt: skip
     with phases("sample"):
-        tokens = calibration_tokens(
-            recipe.calibration, source, options.samples, options.seq_len, options.seed, recipe.device, progress
-        )
+        tokens = work.begin(choose)
     return CalibrationSweep(source, tokens, backend, method.needs_gram, method.keep_rows)
 
 
