@@ -60,7 +60,7 @@ class _Config(Settings):
     desc_act: bool = False
     sym: bool = True
     damp_percent: float | None = None
-    lm_head: bool = False
+    lm_head: bool | None = None
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = None
     format: Literal["gptq", "gptq_v2"] | None = None  # GPTQModel's newer name of checkpoint_format
     pack_dtype: Literal["int32"] = "int32"
@@ -138,15 +138,14 @@ class GPTQ(Format):
         for key, override in (read.dynamic or {}).items():
             pattern = key.removeprefix(SKIP).removeprefix(OVERRIDE)
             compiled(pattern)
-            own = {} if key.startswith(SKIP) else override.model_dump()
-            rules.append(Rule(pattern, key.startswith(SKIP), **own))
+            settings = {} if key.startswith(SKIP) else override.model_dump()
+            rules.append(Rule(pattern, key.startswith(SKIP), **settings))
         for size in (read.group_size, *(rule.group_size for rule in rules if rule.group_size is not None)):
             if size != PER_CHANNEL and size < 1:
                 raise InputError(f"quantization_config of gptq: group_size is {size}, not positive or -1")
         version = read.checkpoint_format or read.format or V1
-        return cls(
-            read.bits, read.group_size, read.desc_act, read.sym, version, read.damp_percent, tuple(rules), read.lm_head
-        )
+        own = (read.bits, read.group_size, read.desc_act, read.sym, version, read.damp_percent)
+        return cls(*own, tuple(rules), bool(read.lm_head))
 
     def config(self) -> dict[str, Any]:
         dynamic = {f"{SKIP if rule.skip else OVERRIDE}{rule.pattern}": rule.settings() for rule in self.rules}

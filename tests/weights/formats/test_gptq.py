@@ -176,6 +176,7 @@ def test_vllm_finds_the_same_settings_by_the_names_of_its_fused_layers() -> None
 def test_rules_of_gptqmodel_are_read_in_order() -> None:
     dynamic = {"-:.*skip": {}, ".*down_proj": {"bits": 8, "mse": 2.0}, "+:.*proj": {"sym": False, "desc_act": True}}
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "dynamic": dynamic}
+    assert find_format(config | {"lm_head": None}) == find_format(config)
     read = find_format(config)
     assert read.settings("a.down_proj") == GPTQ(8, 32, False, True, V1)
     assert read.settings("a.up_proj") == GPTQ(4, 32, True, False, V1)
