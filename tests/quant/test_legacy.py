@@ -48,8 +48,8 @@ def cuda(monkeypatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def logs_go_with_the_test(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def logs_go_with_the_tests(tmp_path_factory: pytest.TempPathFactory, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("logs")))
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------
