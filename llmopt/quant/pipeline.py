@@ -18,6 +18,7 @@ from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_den
 from llmopt.progress import Progress, silent
 from llmopt.quant.calibration import CalibrationSweep
 from llmopt.quant.export import open_exporter
+from llmopt.quant.legacy.run import check_quantizer, quantize_with_package
 from llmopt.quant.manifest import build_manifest
 from llmopt.quant.methods.base import LayerResult, Method, ModuleReport
 from llmopt.quant.options import Options, make_options
@@ -59,7 +60,16 @@ def run(
     phases = Phases()
     source = open_source(options.model)
     recipe = resolve(options, source.config)
+    check_quantizer(recipe, source.config)
     torch.manual_seed(options.seed)
+    if options.quantizer != "native":
+        with phases("sample"):
+            tokens = _calibration_tokens(recipe, source, progress)
+        return [
+            quantize_with_package(
+                recipe, source, tokens, phases, started=started, overwrite=overwrite, progress=progress
+            )
+        ]
     # The work folder is closed last: what it keeps must outlive a failure to publish.
     with WorkFolder(recipe, source, resume, overwrite) as work, ExitStack() as stack, torch.inference_mode():
         exporters = [
@@ -138,14 +148,16 @@ def _start_sweep(
 ) -> CalibrationSweep | None:
     if recipe.calibration is None:
         return None
-    options = recipe.options
-    choose = partial(
-        calibration_tokens,
-        recipe.calibration, source, options.samples, options.seq_len, options.seed, recipe.device, progress,
-    )  # fmt: skip
     with phases("sample"):
-        tokens = work.begin(choose)
+        tokens = work.begin(partial(_calibration_tokens, recipe, source, progress))
     return CalibrationSweep(source, tokens, backend, method.needs_gram, method.keep_rows)
+
+
+def _calibration_tokens(recipe: Recipe, source: ModelSource, progress: Progress) -> Tensor:
+    options = recipe.options
+    return calibration_tokens(
+        str(recipe.calibration), source, options.samples, options.seq_len, options.seed, recipe.device, progress
+    )
 
 
 def _last_error(reports: list[ModuleReport]) -> str:

@@ -18,7 +18,6 @@ from llmopt.quant.methods.rtn import RoundToNearest
 from llmopt.quant.methods.smoothquant import SmoothQuant
 from llmopt.quant.options import KEEP, Export, Options, Override
 from llmopt.weights.formats import FORMATS
-from llmopt.weights.numbers import FP4
 from llmopt.weights.scheme import SCHEMES, Scheme, find_scheme, nearest
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
@@ -83,7 +82,8 @@ def resolve(options: Options, config: ModelConfig) -> Recipe:
     calibration = options.calibration or (None if method == "rtn" else SELF)
     if calibration is not None:
         _check_calibration(options, config)
-    _check_shared_inputs(schemes, config, exports)
+    if any(export.format != GGUF for export in exports):
+        _check_shared_inputs(schemes, config)
     settled = options.model_copy(update={"exports": exports, "calibration": calibration})
     return Recipe(settled, main, schemes, _outer_schemes(main), calibration, find_device("auto", options.device))
 
@@ -192,24 +192,15 @@ def _pattern(what: str, pattern: str, names: list[str]) -> re.Pattern[str]:
     return compiled
 
 
-def _check_shared_inputs(schemes: Mapping[str, Scheme], config: ModelConfig, exports: tuple[Export, ...]) -> None:
-    """Layers that share an input are one operation at run time, which rounds that input for all of them or for none,
-    and in Hugging Face formats is of one scheme."""
-    folders = any(export.format != GGUF for export in exports)
+def _check_shared_inputs(schemes: Mapping[str, Scheme], config: ModelConfig) -> None:
+    """Runtimes of Hugging Face formats make one operation of the layers that share an input, so these must be alike;
+    otherwise the checkpoint would be written and then refused."""
     for layer in range(config.num_layers):
         for members in LINEAR_GROUPS.values():
             found = [schemes.get(layer_name(layer, module)) for module in members]
-            if len(set(found)) == 1:
-                continue
-            kinds = {scheme for scheme in found if scheme is not None}
-            if any(scheme.activations or scheme.number == FP4 for scheme in kinds):
-                name = next(iter(kinds)).name
+            if len(set(found)) > 1:
+                kinds = sorted({KEEP if scheme is None else scheme.name for scheme in found})
                 raise InputError(
-                    f"runtimes make one operation of {', '.join(members)}: with {name}, treat all of them alike or "
-                    "ignore all of them or none"
-                )
-            if folders and len(kinds) > 1:
-                raise InputError(
-                    f"runtimes make one operation of {', '.join(members)}, so these must have one scheme, not "
-                    f"{' and '.join(sorted(scheme.name for scheme in kinds))}"
+                    f"runtimes make one operation of {', '.join(members)}: give all of them one scheme, or ignore all "
+                    f"of them or none, not {' and '.join(kinds)}"
                 )

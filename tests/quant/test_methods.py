@@ -73,7 +73,7 @@ def test_rounding_is_never_further_off_than_half_a_step(
 ) -> None:
     scheme = SCHEMES[name] if SCHEMES[name].fixed_group else SCHEMES[name].with_group_size(32)
     weight = torch.randn(rows, groups * 32, generator=torch.Generator().manual_seed(seed)) * size
-    quantized = round_to_nearest(weight, scheme)
+    quantized = round_to_nearest(weight, scheme, fit_grid(grouped(weight, scheme), scheme))
     assert int(quantized.codes.max()) < 1 << scheme.bits
     step = quantized.scales.float().abs().repeat_interleave(32, dim=1)
     # The far end of the range may be cut by half a step more, where codes reach further down than up; and a zero
