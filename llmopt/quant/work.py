@@ -82,14 +82,15 @@ class WorkFolder:
         self.spill_file.unlink(missing_ok=True)
         if error is None or not self._is_worth_keeping(error):
             self._clear()
-            (self.folder / _LOCK).unlink()
+            (self.folder / _LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # the next process may be in it by now
                 self.folder.rmdir()
         elif self._begun:
             logger.warning(
                 "%d of %d layers are kept: the same command with --resume goes on from there",
-                self._count(), self._total,
-            )  # fmt: skip
+                self._count(),
+                self._total,
+            )
         self._lock.close()
 
     @property
@@ -192,7 +193,7 @@ class WorkFolder:
         return self._count() > 0 or (isinstance(error, KeyboardInterrupt) and self._begun)
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
+        for path in self.folder.glob("*"):  # none, where somebody has taken the folder away
             if path.name != _LOCK:
                 path.unlink()
 

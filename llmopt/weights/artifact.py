@@ -1,7 +1,8 @@
 """Crash-safe writing: a result appears under its name whole, or not at all.
 
 It is built beside its final place under a hidden name, brought to the disk, and renamed as the last step. What goes
-wrong in between leaves nothing; only a process that is killed leaves the hidden, unfinished copy.
+wrong in between leaves nothing; only a process that is killed leaves the hidden, unfinished copy, which the next one
+that writes under the same name removes.
 """
 
 import errno
@@ -11,6 +12,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 from safetensors import SafetensorError
 
 from llmopt.errors import InputError, LlmoptError
@@ -25,8 +27,12 @@ class _Artifact(ABC):
         """Raises InputError where `output` cannot be written, or would replace something without `overwrite`."""
         self.output = Path(output).expanduser().resolve()
         self.overwrite = overwrite
-        self.partial = self.output.with_name(f".{self.output.name}.partial-{os.getpid()}")
-        self._check_output()
+        self.partial = self._hidden("partial")
+        try:
+            self._clear_up()
+            self._check_output()
+        except OSError as error:
+            raise InputError(f"cannot write to {self.output}: {_reason(error)}") from None
 
     def __enter__(self) -> Path:
         try:
@@ -54,6 +60,19 @@ class _Artifact(ABC):
             raise LlmoptError(f"the disk of {self.output} is full; nothing was written") from error
         if isinstance(error, SafetensorError | OSError):
             raise LlmoptError(f"writing {self.output} failed, and nothing was written: {error}") from error
+
+    def _hidden(self, kind: str) -> Path:
+        """A name beside the output for this process's own use."""
+        return self.output.with_name(f".{self.output.name}.{kind}-{os.getpid()}")
+
+    def _clear_up(self) -> None:
+        """Remove what processes that were killed have left; give its place back to what one had just moved aside."""
+        for path in _leftovers(self.output, "replaced"):
+            if not self.output.exists():
+                path.replace(self.output)
+        for kind in ("partial", "replaced"):
+            for path in _leftovers(self.output, kind):
+                _remove(path)
 
     @abstractmethod
     def _check_output(self) -> None:
@@ -94,7 +113,7 @@ class ArtifactFolder(_Artifact):
         self.partial.mkdir()
 
     def _publish(self) -> None:
-        aside = self.output.with_name(f".{self.output.name}.replaced-{os.getpid()}")
+        aside = self._hidden("replaced")
         _remove(aside)
         replaced = self.output.is_dir()
         if replaced:
@@ -119,6 +138,18 @@ class ArtifactFile(_Artifact):
 
     def _begin(self) -> None:
         self.partial.touch()
+
+
+def _leftovers(output: Path, kind: str) -> list[Path]:
+    """What is hidden beside an output by processes that are no more."""
+    prefix = f".{output.name}.{kind}-"
+    beside = output.parent.iterdir() if output.parent.is_dir() else ()
+    return [path for path in beside if path.name.startswith(prefix) and not _is_alive(path.name.removeprefix(prefix))]
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is a process of this number; what is no number counts as one that lives."""
+    return not process.isdecimal() or psutil.pid_exists(int(process))
 
 
 def _sync(path: Path) -> None:

@@ -144,6 +144,8 @@ def test_a_folder_and_a_file_are_not_mistaken(tmp_path: Path) -> None:
         ArtifactFile(tmp_path / "folder", overwrite=True)
     with pytest.raises(InputError, match="cannot write to"), ArtifactFile(tmp_path / "file" / "out"):
         pass
+    with pytest.raises(InputError, match="File name too long"):
+        ArtifactFile(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("kind", ["ArtifactFolder", "ArtifactFile"])
@@ -159,6 +161,30 @@ def test_a_killed_process_leaves_nothing_under_the_name(tmp_path: Path, kind: st
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert len(listing(tmp_path)) == 1  # the hidden, unfinished copy
-    with ArtifactFolder(tmp_path / "out") as folder:  # which is in nobody's way
+    with ArtifactFolder(tmp_path / "out") as folder:
+        assert len(listing(tmp_path)) == 1  # this process's own
         (folder / "whole").touch()
+    assert listing(tmp_path) == ["out"]
     assert listing(tmp_path / "out") == ["whole"]
+
+
+def test_what_a_living_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    for name in (f".out.partial-{os.getppid()}", ".out.partial-notes", ".other.partial-1"):
+        (tmp_path / name).write_text("theirs")
+    before = listing(tmp_path)
+    with ArtifactFile(tmp_path / "out") as path:
+        path.touch()
+    assert listing(tmp_path) == sorted([*before, "out"])
+
+
+def test_a_swap_that_was_killed_is_taken_back(tmp_path: Path) -> None:
+    """Between the two renames the old folder is under a hidden name and nothing under its own."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f".out.replaced-{gone.pid}", f".out.partial-{gone.pid}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    with pytest.raises(InputError, match="exists and is not empty"):
+        ArtifactFolder(tmp_path / "out")
+    assert listing(tmp_path) == ["out"]
+    assert listing(tmp_path / "out") == [f".out.replaced-{gone.pid}"]
