@@ -36,12 +36,27 @@ def write_json(result: dict[str, Any], json_file: str | None) -> None:
         raise InputError(f"cannot write {json_file}: {error.strerror}") from None
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the parameter of this name was given on the command line, rather than left at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse(context: typer.Context, names: Collection[str], needs: str) -> None:
     """Raise InputError for an option that was given and would do nothing."""
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in names and is_given(context, parameter.name):
             raise InputError(f"{parameter.opts[0]} only goes with {needs}")
+
+
+def show_verdicts(out: Console, gates: list[dict[str, Any]]) -> None:
+    """A line for each gate: what was found, and whether it passes."""
+    from llmopt.evaluate.junit import explain
+
+    for verdict in gates:
+        style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[verdict["verdict"]]
+        name = " ".join(filter(None, (verdict.get("output"), verdict["name"])))
+        out.print(f"{verdict['verdict']}: {name}: {explain(verdict)}", style=style, markup=False, highlight=False)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from llmopt.engine.config import BackendName, DeviceName, DTypeName
 from llmopt.errors import InputError
 
 _MODEL = "A folder, a .gguf file, a hub id, or smollm2"
-_STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 _ROWS = (
     ("perplexity", "perplexity.value"),
     ("perplexity / reference's", "perplexity.ratio"),
@@ -77,8 +76,6 @@ def evaluate(
 
 
 def _show(result: dict[str, Any], json_file: str | None) -> None:
-    from llmopt.evaluate.junit import explain
-
     out = console.output(json_file)
     table = Table("", title=Text(f"{result['model']} against {result['reference'] or 'no reference'}"))
     for heading in ("value", f"{result['confidence']:.0%} interval", "reference"):
@@ -97,11 +94,7 @@ def _show(result: dict[str, Any], json_file: str | None) -> None:
         markup=False,
         highlight=False,
     )
-    for verdict in result["gates"]:
-        style = _STYLES[verdict["verdict"]]
-        out.print(
-            f"{verdict['verdict']}: {verdict['name']}: {explain(verdict)}", style=style, markup=False, highlight=False
-        )
+    console.show_verdicts(out, result["gates"])
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

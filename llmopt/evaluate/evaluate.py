@@ -28,7 +28,7 @@ def evaluate(
     text: str | Path | None = None,
     ctx: int = 1024,
     windows: int = 16,
-    gates: str | Path | None = None,
+    gates: str | Path | Gates | None = None,
     backend: BackendName = "auto",
     device: DeviceName = "auto",
     dtype: DTypeName = "auto",
@@ -43,7 +43,7 @@ def evaluate(
         text: a UTF-8 file; None for the built-in text.
         ctx: tokens in a window.
         windows: how many windows.
-        gates: a gate file; its verdicts are in the result.
+        gates: a gate file, or what was read of one; the verdicts are in the result.
 
     Returns:
         The object that `llmopt eval --json` writes. Intervals are bootstrap intervals over windows, None where there
@@ -51,9 +51,9 @@ def evaluate(
 
     Raises InputError for what does not fit together, LlmoptError where it cannot be measured.
     """
-    judge = None if gates is None else read_gates(gates)
+    judge = gates if gates is None or isinstance(gates, Gates) else read_gates(gates)
     if judge is not None and judge.need_reference and reference is None:
-        raise InputError(f"{gates} has gates that compare with a reference; give --reference MODEL")
+        raise InputError("the gates compare with a reference; give --reference MODEL")
     content = read_text(text)
     cut = cut_windows(load_tokenizer(model), content, ctx, windows)
     if reference is not None:

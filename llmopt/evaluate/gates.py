@@ -98,10 +98,15 @@ def read_gates(path: str | Path) -> Gates:
         raise InputError(f"the gates {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return make_gates(content, str(path))
+
+
+def make_gates(content: Any, where: str) -> Gates:
+    """Gates from the content of a gate file. Raises InputError as `read_gates` does; `where` begins the line."""
     try:
         return Gates.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}") from None
+        raise InputError(f"{where}: {_explain(error)}") from None
 
 
 def _explain(error: ValidationError) -> str:

@@ -1,7 +1,7 @@
 """What a user asks of a quantization: the flags of `llmopt quantize`, and the keys of a recipe file."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -10,12 +10,17 @@ from llmopt.weights.scheme import nearest
 
 KEEP = "keep"
 
+_Model = TypeVar("_Model", bound=BaseModel)
 
-class _Strict(BaseModel):
+Place = tuple[int | str, ...]
+"""The keys and numbers of entries that lead to a value."""
+
+
+class Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class Override(_Strict):
+class Override(Strict):
     """Other settings for some linear layers.
 
     Attributes:
@@ -29,7 +34,7 @@ class Override(_Strict):
     group_size: int | None = None
 
 
-class Export(_Strict):
+class Export(Strict):
     """One artifact.
 
     Attributes:
@@ -41,7 +46,7 @@ class Export(_Strict):
     format: str | None = None
 
 
-class Options(_Strict):
+class Options(Strict):
     """Everything that decides what bytes are written.
 
     Attributes:
@@ -80,21 +85,30 @@ class Options(_Strict):
     device: str = "auto"
 
 
-def make_options(given: Mapping[str, Any], where: str = "") -> Options:
-    """Options from plain values. Raises InputError, one line, for an unknown key (with the nearest known one) or a
-    value of a wrong type; `where` begins the line."""
+def make_options(given: Mapping[str, Any], where: Callable[[Place], str] = lambda place: "") -> Options:
+    """Options from plain values, with lists where tuples are meant. Raises InputError as `validated` does."""
+    return validated(Options, given, where)
+
+
+def validated(kind: type[_Model], given: Mapping[str, Any], where: Callable[[Place], str]) -> _Model:
+    """A strict model from plain values. Raises InputError, one line, for an unknown key (with the nearest known one) or
+    a value of a wrong type; `where` gives the beginning of the line."""
     try:
-        # Strict, but for lists where tuples are meant: files and callers have lists.
-        return Options.model_validate(_tuples(given))
+        return kind.model_validate(_tuples(given))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        # An unknown key before all else, because it is often why another seems missing.
+        found = error.errors(include_url=False)
+        first = next((wrong for wrong in found if wrong["type"] == "extra_forbidden"), found[0])
+        place = first["loc"]
+        key = ".".join(map(str, place))
         if first["type"] == "extra_forbidden":
-            known = _keys_at(first["loc"])
-            raise InputError(
-                f"{where}unknown key {key!r}{nearest(str(first['loc'][-1]), known)}; known: {', '.join(known)}"
-            ) from None
-        raise InputError(f"{where}{key}: {first['msg']}, not {str(first.get('input'))[:60]!r}") from None
+            known = list(_model_at(kind, place).model_fields)
+            hint = nearest(str(place[-1]), known)
+            raise InputError(f"{where(place)}unknown key {key!r}{hint}; known: {', '.join(known)}") from None
+        if first["type"] == "missing":
+            raise InputError(f"{where(place)}{key} is missing") from None
+        message = first["msg"].removeprefix("Value error, ").replace("tuple", "list")
+        raise InputError(f"{where(place)}{key}: {message}, not {str(first.get('input'))[:60]!r}") from None
 
 
 def _tuples(value: Any) -> Any:
@@ -103,8 +117,7 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _keys_at(place: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known where an unknown one was found."""
-    nested: dict[str, type[BaseModel]] = {"exports": Export, "overrides": Override}
-    kind = nested.get(str(place[0]), Options) if len(place) > 1 else Options
-    return list(kind.model_fields)
+def _model_at(kind: type[BaseModel], place: Place) -> type[BaseModel]:
+    """The model whose key was not known: that of the list's members, where it lies within one."""
+    members: dict[str, type[BaseModel]] = {"exports": Export, "overrides": Override}
+    return members.get(str(place[0]), kind) if len(place) > 1 else kind

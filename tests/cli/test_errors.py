@@ -119,7 +119,7 @@ def test_a_config_that_is_no_json(run, broken: Path, tmp_path: Path) -> None:
         (["--method", "gtpq"], "gptq"),
         (["--group-size", "48"], "does not divide"),
         (["--scheme", "q8_0"], ".gguf"),
-        (["--samples", "8"], "--samples only goes with methods that calibrate"),
+        (["--samples", "8"], "--samples only goes with --calibration or methods that calibrate"),
         (["--desc-act"], "--desc-act only goes with --method gptq"),
         (["--method", "gptq", "--seq-len", "64", "--samples", "0"], "at least 1"),
         (["--method", "gptq"], "--seq-len must be between 8 and the model's 256"),
