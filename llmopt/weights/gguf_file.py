@@ -70,7 +70,10 @@ class GGUFTensorInfo:
 
 
 class GGUFFile:
-    """An open GGUF file. Its tensors are mapped into memory and read when they are asked for.
+    """A GGUF file whose header has been read. Its tensors are read when they are asked for.
+
+    They are read rather than mapped: a page of a mapped file that was touched counts as this process's memory for as
+    long as it is mapped, so that going through a model layer by layer would end with all of it resident.
 
     Attributes:
         path: where it is.
@@ -83,13 +86,13 @@ class GGUFFile:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from None
         except ValueError:  # what mmap makes of a file of no bytes
             raise InputError(f"{self.path} is not a whole GGUF file: it is empty") from None
         try:
-            header = _Header(self._map)
+            header = _Header(mapped)
         except _Malformed as error:
             # Cut short, because a name out of a broken file can be as long as the file.
             raise InputError(f"{self.path} is not a whole GGUF file: {str(error)[:LONGEST_MESSAGE]}") from None
@@ -106,9 +109,25 @@ class GGUFFile:
         return self.tensors[name]
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor, uint8 [nbytes]: a read-only view of the file."""
+        """The bytes of a tensor, uint8 [nbytes]."""
+        content = np.empty(self.info(name).nbytes, np.uint8)
+        self.read_into(name, content)
+        return content
+
+    def read_into(self, name: str, content: np.ndarray) -> None:
+        """Read the bytes of a tensor into an array of as many. Raises InputError where the file has changed so that
+        they are not there any more."""
         info = self.info(name)
-        return np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(info.offset)
+                rest = content.data
+                while len(rest) and (count := file.readinto(rest)):  # one call reads 2 GiB at most
+                    rest = rest[count:]
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from None
+        if len(rest):
+            raise InputError(f"{self.path} has been cut short since it was opened: {name} is not whole any more")
 
 
 class _Malformed(Exception):

@@ -23,10 +23,9 @@ def load(file: GGUFFile, name: str) -> Weight:
     """
     info = file.info(name)
     if info.type in BLOCK_TYPES and len(info.shape) == 2:
-        # A copy, because torch wants memory that may be written to and the file's is not.
-        return decode_blocks(info.type, torch.from_numpy(file.raw(name).copy()).view(info.shape[0], -1))
+        return decode_blocks(info.type, _read(file, name).view(info.shape[0], -1))
     if info.type in FLOATS:
-        return torch.from_numpy(file.raw(name).copy()).view(FLOATS[info.type]).view(info.shape)
+        return _read(file, name).view(FLOATS[info.type]).view(info.shape)
     return dense(file, name)
 
 
@@ -34,7 +33,7 @@ def dense(file: GGUFFile, name: str) -> Tensor:
     """A tensor's values, float32 of its shape, whatever it is stored as. Raises InputError as `load` does."""
     info = file.info(name)
     if info.type in FLOATS:
-        return torch.from_numpy(file.raw(name).copy()).view(FLOATS[info.type]).view(info.shape).float()
+        return _read(file, name).view(FLOATS[info.type]).view(info.shape).float()
     rows = file.raw(name).reshape(-1, info.row_bytes)
     values = np.empty((rows.shape[0], info.shape[-1]), np.float32)
     step = max(1, CHUNK_BYTES // info.row_bytes)
@@ -46,3 +45,10 @@ def dense(file: GGUFFile, name: str) -> Tensor:
     except NotImplementedError:  # gguf's answer to a type that it has no decoder for
         raise InputError(f"{file.path}: tensor {name} is {info.type}, which cannot be decoded") from None
     return torch.from_numpy(values).view(info.shape)
+
+
+def _read(file: GGUFFile, name: str) -> Tensor:
+    """The bytes of a tensor, uint8, in memory of torch's own, whose alignment does not change from run to run."""
+    content = torch.empty(file.info(name).nbytes, dtype=torch.uint8)
+    file.read_into(name, content.numpy())
+    return content

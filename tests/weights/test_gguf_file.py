@@ -88,7 +88,6 @@ def test_reads_metadata_and_tensors(path):
     assert file.info("up").row_bytes == 34
     assert file.info("experts").row_bytes == 18
     assert np.array_equal(file.raw("up"), np.arange(102, dtype=np.uint8))
-    assert not file.raw("up").flags.writeable
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -108,6 +107,17 @@ def test_reads_both_versions_and_nested_arrays_and_other_alignments(path, versio
     }  # fmt: skip
     assert file.info("t") == GGUFTensorInfo("t", (2,), "F32", file.info("t").offset, 8)
     assert file.info("t").offset % 8 == 0
+
+
+def test_a_file_that_is_cut_short_or_taken_away_after_it_was_opened_is_said(path):
+    file = read(path, WHOLE)
+    path.write_bytes(WHOLE[:-60])
+    assert file.raw("norm").nbytes == 16
+    with pytest.raises(InputError, match="cut short since it was opened: experts is not whole"):
+        file.raw("experts")
+    path.unlink()
+    with pytest.raises(InputError, match=r"cannot read .*No such file"):
+        file.raw("norm")
 
 
 def test_a_missing_tensor_is_named(path):
