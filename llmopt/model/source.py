@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,16 @@ class FolderSource(ModelSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         if self._format is not None and self._is_quantized(name):
-            return self._format.shape(name.removesuffix(".weight"), self.checkpoint.load)
+            return self._format.shape(name.removesuffix(".weight"), self._outline)
         self._check_dense(name)
         return self.checkpoint.shape(name)
+
+    def _outline(self, name: str) -> Tensor:
+        """A tensor of the checkpoint without its values, but for the few that tell a shape."""
+        shape = self.checkpoint.shape(name)
+        if prod(shape) <= 2:
+            return self.checkpoint.load(name)
+        return torch.empty(shape, dtype=self.checkpoint.dtype(name), device="meta")
 
     def _check_dense(self, name: str) -> None:
         if name not in self._names:

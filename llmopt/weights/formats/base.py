@@ -83,8 +83,8 @@ class Format(ABC):
 
     @abstractmethod
     def shape(self, module: str, load: Load) -> tuple[int, int]:
-        """Outputs and inputs of a module, for which no codes are looked at. Raises InputError where its tensors are
-        missing."""
+        """Outputs and inputs of a module; what `load` gives may be on the meta device, but for tensors of one or two
+        numbers. Raises InputError where its tensors are missing."""
 
 
 class Settings(BaseModel):

@@ -80,7 +80,7 @@ class Layout(ABC):
 
     @abstractmethod
     def shape(self, module: str, load: Load) -> tuple[int, int]:
-        """Outputs and inputs, for which no codes are looked at."""
+        """Outputs and inputs; see `Format.shape`."""
 
     def check(self, module: str, weight: QuantizedTensor) -> None:
         """Raise LlmoptError where a weight is not what these settings say."""
