@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmopt.errors import InputError
 from llmopt.quant.methods.base import LayerResult, ModuleReport
 from llmopt.weights.artifact import ArtifactFile
 from llmopt.weights.quantized import QuantizedTensor, Scales, TwoLevel, Weight
+from llmopt.weights.safetensors_file import SafetensorsFile
 
 _SCALES = ("scales", "minimums")  # what may be in two levels
 _TENSORS = ("codes", "zeros", "group_index")
@@ -39,14 +40,12 @@ def write_layer(path: Path, result: LayerResult) -> None:
 def read_layer(path: Path) -> LayerResult | None:
     """The layer that was written; None where the file is not, to the last bit, what was written."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            # Copies, because a product may come out differently for memory that is aligned as a file is.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 not a dict
-    except (SafetensorError, OSError):
+        file = SafetensorsFile(path)
+        tensors = {key: file.load(key) for key in file.tensors}
+    except InputError:
         return None
-    content = metadata.get("content", "")
-    if _checksum(content, tensors) != metadata.get("checksum"):
+    content = file.metadata.get("content", "")
+    if _checksum(content, tensors) != file.metadata.get("checksum"):
         return None
     described = json.loads(content)
     weights = {name: _weight(name, settings, tensors) for name, settings in described["weights"].items()}

@@ -5,10 +5,12 @@ Beside an output NAME lies, while it is being made, the folder `.NAME.work`:
     lock                    held by the process that works on it
     fingerprint.json        everything that decides the bytes of the result
     tokens.safetensors      the calibration tokens
+    allocation.json         the schemes that a budget of bits bought
     layer-0007.safetensors  a finished layer
     activations             the calibration samples' activations, where they are too large for the memory
 
-Activations need not survive: the finished layers make them again, in less time than it took to choose their codes.
+Activations need not survive: the finished layers make them again, in less time than it took to choose their codes. On
+a machine of the same kind they come out the same to the last bit.
 """
 
 import fcntl
@@ -23,8 +25,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import llmopt
@@ -35,11 +36,13 @@ from llmopt.quant.methods.base import LayerResult
 from llmopt.quant.recipe import Recipe
 from llmopt.quant.samples import SELF
 from llmopt.weights.artifact import ArtifactFile
+from llmopt.weights.safetensors_file import SafetensorsFile
 
 logger = logging.getLogger(__name__)
 
 _LOCK, _FINGERPRINT, _TOKENS, _LAYERS = "lock", "fingerprint.json", "tokens.safetensors", "layer-*.safetensors"
 _TOKENS_HASH = "the calibration tokens"
+_THREADS = "threads"  # sums come out differently for another number of them; a resumed run takes the first run's
 
 
 class WorkFolder:
@@ -59,6 +62,7 @@ class WorkFolder:
         self.output = Path(recipe.options.exports[0].output).expanduser().resolve()
         self.folder = self.output.with_name(f".{self.output.name}.work")
         self.resume, self.overwrite = resume, overwrite
+        self._threads = torch.get_num_threads()
         self._kept: dict[str, Any] | None = None  # the fingerprint of the run that is resumed
         self._begun = False
 
@@ -70,7 +74,7 @@ class WorkFolder:
         except OSError as error:
             raise InputError(f"cannot write to {self.output}: {error.strerror}") from None
         try:
-            self._check_kept()
+            self.check_kept()
         except InputError:
             self._lock.close()
             raise
@@ -79,6 +83,7 @@ class WorkFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        torch.set_num_threads(self._threads)
         self.spill_file.unlink(missing_ok=True)
         if error is None or not self._is_worth_keeping(error):
             self._clear()
@@ -105,12 +110,24 @@ class WorkFolder:
         """
         if self._kept is not None:
             tokens = self._resumed_tokens(self._kept, choose_tokens)
+            torch.set_num_threads(self._kept[_THREADS])
         else:
             self._clear()
             tokens = choose_tokens()
-            self._write_start(fingerprint(self.recipe, self.source) | {_TOKENS_HASH: checksum(tokens)}, tokens)
+            how = {_TOKENS_HASH: checksum(tokens), _THREADS: self._threads}
+            self._write_start(fingerprint(self.recipe, self.source) | how, tokens)
         self._begun = True
         return tokens
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives, JSON, or gave in the run that is resumed, kept as NAME.json."""
+        path = self.folder / f"{name}.json"
+        kept = _read_json(path)
+        if kept is None:
+            kept = make()
+            with ArtifactFile(path, overwrite=True) as partial:
+                partial.write_text(json.dumps(kept))
+        return kept
 
     def load_layer(self, index: int) -> LayerResult | None:
         """A layer that is finished. None where it is not, or is damaged: then all after it are forgotten too, for they
@@ -152,7 +169,7 @@ class WorkFolder:
                 pass
             file.close()
 
-    def _check_kept(self) -> None:
+    def check_kept(self) -> None:
         """See whether there is something to resume, and that it is what is wanted."""
         if not self.resume:
             if self._count() and not self.overwrite:
@@ -168,7 +185,7 @@ class WorkFolder:
         wanted = fingerprint(self.recipe, self.source)
         for key in {**wanted, **self._kept}:
             before, now = self._kept.get(key), wanted.get(key)
-            if key != _TOKENS_HASH and before != now:
+            if key not in (_TOKENS_HASH, _THREADS) and before != now:
                 hashes = isinstance(before, str) and len(before) == 64
                 raise self._refusal(f"{key} has changed" if hashes else f"{key} was {before}, and now it is {now}")
 
@@ -199,16 +216,7 @@ class WorkFolder:
 
     def _read_fingerprint(self) -> dict[str, Any] | None:
         """None where no run has begun here."""
-        path = self.folder / _FINGERPRINT
-        if not path.exists():
-            return None
-        try:
-            kept = json.loads(path.read_text())
-        except (ValueError, RecursionError):
-            kept = None
-        if not isinstance(kept, dict):
-            raise InputError(f"{path} is damaged, so there is no going on: give --overwrite, without --resume")
-        return kept
+        return _read_json(self.folder / _FINGERPRINT)
 
     def _write_start(self, kept: dict[str, Any], tokens: Tensor) -> None:
         with ArtifactFile(self.folder / _TOKENS, overwrite=True) as path:
@@ -227,8 +235,8 @@ class WorkFolder:
 
     def _read_tokens(self) -> Tensor | None:
         try:
-            return load_file(self.folder / _TOKENS)["tokens"]
-        except (SafetensorError, OSError, KeyError):
+            return SafetensorsFile(self.folder / _TOKENS).load("tokens")
+        except (InputError, KeyError):
             return None
 
 
@@ -247,6 +255,19 @@ def fingerprint(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
         "the choice of schemes": hashlib.sha256(schemes.encode()).hexdigest(),
     }
     return json.loads(json.dumps(kept))  # as it will be read back
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A file of ours, None where there is none. Raises InputError where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        kept = None
+    if not isinstance(kept, dict):
+        raise InputError(f"{path} is damaged, so there is no going on: give --overwrite, without --resume")
+    return kept
 
 
 def _hash_model(source: ModelSource) -> str:

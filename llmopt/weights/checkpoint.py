@@ -1,28 +1,17 @@
 """Reading a Hugging Face folder of safetensors, one tensor at a time."""
 
 import json
-from collections.abc import Callable, KeysView
+from collections.abc import KeysView
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmopt.errors import InputError
+from llmopt.weights.safetensors_file import SafetensorsFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""safetensors' name of a dtype → torch's."""
-
-T = TypeVar("T")
 
 
 class SafetensorsCheckpoint:
@@ -34,13 +23,13 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: str | Path) -> None:
         """Raises InputError, one line with the file's name, where there is no whole checkpoint."""
         self.folder = Path(folder)
-        self._shards: dict[str, Any] = {}
+        self._shards: dict[str, SafetensorsFile] = {}
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} is not a folder")
         if (self.folder / INDEX).is_file():
             self._shard_of = self._read_index()
         elif (self.folder / SINGLE).is_file():
-            self._shard_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            self._shard_of = dict.fromkeys(self._open(SINGLE).tensors, SINGLE)
         else:
             raise InputError(_nothing_here(self.folder))
 
@@ -48,35 +37,23 @@ class SafetensorsCheckpoint:
         return self._shard_of.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._read(name, lambda shard: shard.get_slice(name).get_shape()))
+        return self._holding(name).tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._read(name, lambda shard: shard.get_slice(name).get_dtype())
-        if stored not in DTYPES:
-            raise InputError(f"{self.folder / self._shard_of[name]}: {name} is {stored}, which is not known here")
-        return DTYPES[stored]
+        return self._holding(name).dtype(name)
 
     def load(self, name: str) -> Tensor:
         """The tensor, on the CPU, in the dtype it is stored in. Raises InputError for a name that is not here."""
-        return self._read(name, lambda shard: shard.get_tensor(name))
+        return self._holding(name).load(name)
 
-    def _read(self, name: str, get: Callable[[Any], T]) -> T:
+    def _holding(self, name: str) -> SafetensorsFile:
         if name not in self._shard_of:
             raise InputError(f"{self.folder} holds no tensor {name}")
-        file = self._shard_of[name]
-        try:
-            return get(self._open(file))
-        except SafetensorError as error:
-            raise InputError(f"{self.folder / file}: {name} cannot be read: {error}") from None
+        return self._open(self._shard_of[name])
 
-    def _open(self, file: str) -> Any:
-        """An open shard. They stay open: only their headers are in memory, the rest is mapped."""
+    def _open(self, file: str) -> SafetensorsFile:
         if file not in self._shards:
-            path = self.folder / file
-            try:
-                self._shards[file] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+            self._shards[file] = SafetensorsFile(self.folder / file)
         return self._shards[file]
 
     def _read_index(self) -> dict[str, str]:
@@ -94,7 +71,7 @@ class SafetensorsCheckpoint:
                 raise InputError(f"{path} names {file!r}, which is not a .safetensors file beside it")
             if not (self.folder / file).is_file():
                 raise InputError(f"{path} names {file}, which is missing")
-            present = set(self._open(file).keys())
+            present = self._open(file).tensors
             missing = [name for name, where in shard_of.items() if where == file and name not in present]
             if missing:
                 raise InputError(f"{path} says that {missing[0]} is in {file}, and it is not")

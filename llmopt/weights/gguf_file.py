@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmopt.errors import InputError
+from llmopt.weights.read_into import read_into
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -118,16 +119,7 @@ class GGUFFile:
         """Read the bytes of a tensor into an array of as many. Raises InputError where the file has changed so that
         they are not there any more."""
         info = self.info(name)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                rest = content.data
-                while len(rest) and (count := file.readinto(rest)):  # one call reads 2 GiB at most
-                    rest = rest[count:]
-        except OSError as error:
-            raise InputError(f"cannot read {self.path}: {error.strerror}") from None
-        if len(rest):
-            raise InputError(f"{self.path} has been cut short since it was opened: {name} is not whole any more")
+        read_into(self.path, info.offset, content, name)
 
 
 class _Malformed(Exception):

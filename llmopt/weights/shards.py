@@ -1,21 +1,21 @@
-"""Writing a Hugging Face checkpoint in safetensors, with no more than one shard in memory."""
+"""Writing a Hugging Face checkpoint in safetensors, with no more than one tensor in memory."""
 
 import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
 from llmopt.weights.checkpoint import INDEX, SINGLE
+from llmopt.weights.safetensors_writer import SafetensorsWriter
 
 SHARD_BYTES = 4 << 30
 _METADATA = {"format": "pt"}  # transformers refuses a file that does not name its framework
 
 
 class ShardWriter:
-    """Takes tensors one by one and writes them in order, each shard as soon as it is full.
+    """Takes tensors one by one, in the order in which shards are to hold them.
 
     Attributes:
         folder: where the files go; it must exist.
@@ -26,28 +26,28 @@ class ShardWriter:
         self.folder = folder
         self.size_bytes = 0
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
         self._shard_of: dict[str, int] = {}
-        self._shards = 0
+        self._shards = 0  # that are written
+        self._open: SafetensorsWriter | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a copy of a tensor. Raises LlmoptError for a name that was there before, NaN and infinity."""
-        if name in self._shard_of or name in self._pending:
+        """Write a tensor. Raises LlmoptError for a name that was there before, NaN and infinity."""
+        if name in self._shard_of:
             raise LlmoptError(f"{name} would be written twice")
         # torch cannot ask 8-bit floats whether they are finite.
         if tensor.is_floating_point() and not torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all():
             raise LlmoptError(f"{name} holds values that are not finite")
-        if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-            self._flush()
-        # A copy, because safetensors refuses tensors that share memory, and the caller may go on using its own.
-        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        self._pending_bytes += tensor.nbytes
+        if self._open is not None and self._open.size_bytes + tensor.nbytes > self._shard_bytes:
+            self._finish_shard()
+        if self._open is None:
+            self._open = SafetensorsWriter(self._unnumbered(self._shards))
+        self._open.add(name, tensor)
+        self._shard_of[name] = self._shards
         self.size_bytes += tensor.nbytes
 
     def close(self) -> None:
-        """Write what is left, and give the files their final names: how many there are is known only now."""
-        self._flush()
+        """Finish the last shard, and give the files their final names: how many there are is known only now."""
+        self._finish_shard()
         if self._shards == 1:
             self._unnumbered(0).rename(self.folder / SINGLE)
             return
@@ -60,13 +60,11 @@ class ShardWriter:
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _flush(self) -> None:
-        file = self._unnumbered(self._shards)
-        save_file(self._pending, file, metadata=_METADATA)
-        file.chmod(0o644)  # safetensors makes files that only their owner can read
-        self._shard_of |= dict.fromkeys(self._pending, self._shards)
-        self._shards += 1
-        self._pending, self._pending_bytes = {}, 0
+    def _finish_shard(self) -> None:
+        if self._open is not None:
+            self._open.finish(_METADATA)
+            self._open = None
+            self._shards += 1
 
     def _unnumbered(self, shard: int) -> Path:
         return self.folder / f"shard-{shard}.safetensors"

@@ -210,6 +210,22 @@ def test_ctrl_c_says_how_to_go_on(model: Path, whole: dict, tmp_path: Path, capl
     assert content(tmp_path / "out") == whole
 
 
+def test_a_resumed_run_takes_as_many_threads_as_the_first(model: Path, whole: dict, tmp_path: Path) -> None:
+    used, threads = [], torch.get_num_threads()
+    interrupt(model, tmp_path / "out")
+    try:
+        torch.set_num_threads(threads + 1)
+        quantize(
+            str(model), str(tmp_path / "out"), **OPTIONS, resume=True,
+            progress=lambda *_: used.append(torch.get_num_threads()),
+        )  # fmt: skip
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert used[-1] == threads
+    assert content(tmp_path / "out") == whole
+
+
 def test_nothing_to_resume_is_said_and_no_failure(model: Path, whole: dict, tmp_path: Path, caplog) -> None:
     quantize(str(model), str(tmp_path / "out"), **OPTIONS, resume=True)
     assert "nothing to resume" in caplog.text

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from llmopt.errors import InputError
-from llmopt.weights.checkpoint import DTYPES, INDEX, SINGLE, SafetensorsCheckpoint
+from llmopt.weights.checkpoint import INDEX, SINGLE, SafetensorsCheckpoint
+from llmopt.weights.safetensors_file import DTYPES
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
