@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help setup demo test lint format format-check types layers check bench-kernels clean
+.PHONY: help setup demo test lint format format-check types layers check bench-kernels peers interop clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ check: lint format-check types layers  ## All four checks
 
 bench-kernels: $(READY)  ## Measure the CPU kernels against the machine's limits
 	$(BIN)/python -m llmopt.kernels.bench
+
+peers: $(READY)  ## Make the environments of the programs that we compare with and exchange files with
+	$(BIN)/python tests/interop/environments.py
+
+interop: $(READY)  ## Let those programs read our artifacts, and compare what they compute with what we do
+	$(BIN)/python tests/interop/matrix.py
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
