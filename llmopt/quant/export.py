@@ -21,14 +21,13 @@ from llmopt.quant.recipe import Recipe
 from llmopt.weights.artifact import ArtifactFile, ArtifactFolder
 from llmopt.weights.formats import FORMATS
 from llmopt.weights.formats.gguf_blocks import block_type, encode_blocks
+from llmopt.weights.formats.gguf_mixes import FILE_TYPES
 from llmopt.weights.gguf_writer import STORED_AS, GGUFWriter
 from llmopt.weights.quantized import QuantizedTensor, Weight
 from llmopt.weights.scheme import SCHEMES
 from llmopt.weights.shards import ShardWriter
 
 MANIFEST = "llmopt.json"
-# llama.cpp's numbers for what most of a file's tensors are, which some readers show.
-_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
 
 
 class Exporter(ABC):
@@ -202,7 +201,7 @@ def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "general.architecture": name,
         "general.name": source.path.stem,
-        "general.file_type": _FILE_TYPES[recipe.main.gguf_type or "F16"],
+        "general.file_type": FILE_TYPES.get(recipe.options.scheme, FILE_TYPES["f16"]),
         "general.quantization_version": 2,
         "llmopt.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
         f"{name}.context_length": config.max_position,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmopt.quant.grid import SMALLEST_SCALE, Grid, middle
+from llmopt.quant.k_grid import fit_k_grid
 from llmopt.weights.numbers import FP8, INT, LARGEST
 from llmopt.weights.quantized import TwoLevel
 from llmopt.weights.scheme import Scheme
@@ -22,8 +23,11 @@ def fit_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, s
 
     With one step the range of the group is covered exactly. With more, the range is shrunk in that many steps down
     to a half, and the step with the least squared error is taken, each input weighted by `importance` [groups, group
-    size] (the mean square of that input) where it is given.
+    size] (the mean square of that input) where it is given. GGUF's integer types are always searched, as its users
+    expect, by `fit_k_grid`.
     """
+    if scheme.gguf_type is not None and scheme.number == INT:
+        return fit_k_grid(weight, scheme, importance)
     if scheme.scales == "fp8":
         # One factor for the whole weight, a power of two, so that its inverse, which files hold, is exact.
         largest = max(float(weight.abs().max()) / LARGEST[scheme.number], SMALLEST_SCALE)
@@ -37,7 +41,7 @@ def fit_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, s
 
 
 def best_of(candidates: Iterable[tuple[tuple[Tensor, Tensor], Tensor]]) -> tuple[Tensor, Tensor]:
-    """For each group the scale and zero (or minimum) of the least loss [out, groups]; the first of equals."""
+    """For each group the scale and zero of the least loss [out, groups]; the first of equals."""
     (best, least), *others = candidates
     for tensors, loss in others:
         better = loss < least
@@ -53,13 +57,11 @@ def loss_of(grid: Grid, weight: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def _stored(scale: Tensor, zero: Tensor, scheme: Scheme, factor: float) -> Grid:
-    """The grid of chosen scales, which `_storable` has rounded, and zero points or minimums."""
+    """The grid of chosen scales, which `_storable` has rounded, and zero points."""
     if scheme.scales == "fp8":
         values = (scale / factor).to(torch.float8_e4m3fn)
         return Grid(scheme, TwoLevel(values, torch.tensor([[factor]])))
     scales = scale.to({"float16": torch.float16, "e8m0": torch.float8_e8m0fnu}.get(scheme.scales, torch.float32))
-    if scheme.minimums:
-        return Grid(scheme, scales, minimums=zero.half())
     return Grid(scheme, scales, zeros=None if scheme.symmetric else zero)
 
 
@@ -73,7 +75,7 @@ def _fit_rows(
 
 
 def _candidates(weight: Tensor, scheme: Scheme, factor: float, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and zero points (or minimums), each [out, groups], the one that covers the range first."""
+    """Scales and zero points, each [out, groups], the one that covers the range first."""
     if scheme.scales == "e8m0":
         exponent = _power_of_two(weight.abs().amax(-1), scheme)
         for step in (0, -1, 1)[:steps]:
@@ -84,20 +86,13 @@ def _candidates(weight: Tensor, scheme: Scheme, factor: float, steps: int) -> It
 
 
 def _cover(weight: Tensor, scheme: Scheme, factor: float, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (or minimum) whose range is that of the weights, shrunk."""
-    if scheme.minimums:
-        low = (weight.amin(-1) * shrink).half().float()
-        return _storable((weight.amax(-1) * shrink - low) / scheme.largest_code, scheme, factor), low
+    """Scale and zero point whose range is that of the weights, shrunk."""
     if not scheme.symmetric:
         low, high = weight.amin(-1).clamp(max=0) * shrink, weight.amax(-1).clamp(min=0) * shrink
         scale = _storable((high - low) / scheme.largest_code, scheme, factor)
         return scale, (-low / scale).round().clamp(0, scheme.largest_code)
-    if scheme.signed_scale:
-        extreme = weight.gather(-1, weight.abs().argmax(-1, keepdim=True))[..., 0]
-        scale = _storable(extreme * shrink / -middle(scheme), scheme, factor)
-    else:
-        reach = scheme.largest_code / 2 if scheme.number == INT else LARGEST[scheme.number]
-        scale = _storable(weight.abs().amax(-1) * shrink / reach, scheme, factor)
+    reach = scheme.largest_code / 2 if scheme.number == INT else LARGEST[scheme.number]
+    scale = _storable(weight.abs().amax(-1) * shrink / reach, scheme, factor)
     return scale, torch.full_like(scale, middle(scheme))
 
 

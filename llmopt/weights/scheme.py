@@ -27,8 +27,6 @@ class Scheme:
         group_size: inputs that share a scale; `PER_CHANNEL` for one scale per output row; None where the
             user has not chosen yet (see `for_widths`).
         fixed_group: the group size is part of the scheme (GGUF's block types) and cannot be chosen.
-        signed_scale: the scale takes the sign that puts the largest value on the end of the range that reaches
-            further, as GGUF's 4-bit blocks do.
         scales: what a scale (and a minimum) is stored in: `float16`; `float32`; `fp8`, times one float32 for the whole
             matrix; `e8m0`, a power of two; `int6` and `int8`, times a float16 for each `SUPER_BLOCK` weights.
         gguf_type: the GGUF tensor type that holds it, None for schemes of the other formats.
@@ -42,7 +40,6 @@ class Scheme:
     minimums: bool = False
     group_size: int | None = None
     fixed_group: bool = False
-    signed_scale: bool = False
     scales: str = "float16"
     gguf_type: str | None = None
     activations: str | None = None
@@ -137,13 +134,13 @@ SCHEMES = {
         Scheme("f16", bits=16, gguf_type="F16"),
         Scheme("bf16", bits=16, gguf_type="BF16"),
         _gguf("q8_0", 8),
-        _gguf("q4_0", 4, signed_scale=True),
-        _gguf("q5_0", 5, signed_scale=True),
+        _gguf("q4_0", 4),
+        _gguf("q5_0", 5),
         _with_minimums("q4_1", 4),
         _with_minimums("q5_1", 5),
         _with_minimums("q4_k", 4, scales="int6"),
         _with_minimums("q5_k", 5, scales="int6"),
-        _gguf("q6_k", 6, group_size=16, signed_scale=True, scales="int8"),
+        _gguf("q6_k", 6, group_size=16, scales="int8"),
     )
 }
 """Every scheme by its name. GGUF's names that mix several of them are in `formats/gguf_mixes.py`."""
