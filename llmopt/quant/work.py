@@ -41,6 +41,7 @@ from llmopt.weights.safetensors_file import SafetensorsFile
 logger = logging.getLogger(__name__)
 
 _LOCK, _FINGERPRINT, _TOKENS, _LAYERS = "lock", "fingerprint.json", "tokens.safetensors", "layer-*.safetensors"
+_CHECKSUM = "checksum"
 _TOKENS_HASH = "the calibration tokens"
 _THREADS = "threads"  # sums come out differently for another number of them; a resumed run takes the first run's
 
@@ -120,13 +121,15 @@ class WorkFolder:
         return tokens
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` gives, JSON, or gave in the run that is resumed, kept as NAME.json."""
+        """What `make` gives, in JSON's types, or gave in the run that is resumed, kept as NAME.json."""
         path = self.folder / f"{name}.json"
-        kept = _read_json(path)
+        try:
+            kept = _read_json(path)
+        except InputError:  # damaged, so it is made again
+            kept = None
         if kept is None:
-            kept = make()
-            with ArtifactFile(path, overwrite=True) as partial:
-                partial.write_text(json.dumps(kept))
+            kept = json.loads(json.dumps(make()))
+            _write_json(path, kept)
         return kept
 
     def load_layer(self, index: int) -> LayerResult | None:
@@ -221,8 +224,7 @@ class WorkFolder:
     def _write_start(self, kept: dict[str, Any], tokens: Tensor) -> None:
         with ArtifactFile(self.folder / _TOKENS, overwrite=True) as path:
             save_file({"tokens": tokens}, path)
-        with ArtifactFile(self.folder / _FINGERPRINT, overwrite=True) as path:
-            path.write_text(json.dumps(kept, indent=2))
+        _write_json(self.folder / _FINGERPRINT, kept)
 
     def _resumed_tokens(self, kept: dict[str, Any], choose_tokens: Callable[[], Tensor]) -> Tensor:
         """A text is read again, since it may have changed. What the model wrote itself need not be written again."""
@@ -252,7 +254,7 @@ def fingerprint(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
         "the version of llmopt": llmopt.__version__,
         "the version of torch": torch.__version__,
         "the model": _hash_model(source),
-        "the choice of schemes": hashlib.sha256(schemes.encode()).hexdigest(),
+        "the choice of schemes": _hash(schemes),
     }
     return json.loads(json.dumps(kept))  # as it will be read back
 
@@ -263,11 +265,20 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         kept = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        kept = None
-    if not isinstance(kept, dict):
-        raise InputError(f"{path} is damaged, so there is no going on: give --overwrite, without --resume")
-    return kept
+        if kept.pop(_CHECKSUM) == _hash(json.dumps(kept, sort_keys=True)):
+            return kept
+    except (ValueError, AttributeError, KeyError, RecursionError):
+        pass
+    raise InputError(f"{path} is damaged, so there is no going on: give --overwrite, without --resume")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with ArtifactFile(path, overwrite=True) as partial:
+        partial.write_text(json.dumps({_CHECKSUM: _hash(json.dumps(content, sort_keys=True)), **content}, indent=2))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hash_model(source: ModelSource) -> str:

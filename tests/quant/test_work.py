@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from llmopt.errors import InputError, LlmoptError
+from llmopt.model.source import open_source
 from llmopt.quant import pipeline, samples
 from llmopt.quant.kept_layer import read_layer, write_layer
 from llmopt.quant.methods.base import LayerResult, ModuleReport
 from llmopt.quant.options import make_options
 from llmopt.quant.pipeline import quantize
+from llmopt.quant.recipe import resolve
+from llmopt.quant.work import WorkFolder
 from llmopt.weights.quantized import QuantizedTensor, TwoLevel
 
 OPTIONS = {"method": "gptq", "scheme": "w4a16", "group_size": 32, "calibration": "builtin", "samples": 4, "seq_len": 64}
@@ -195,9 +198,10 @@ def test_a_damaged_layer_and_those_after_it_are_done_again(
     assert content(tmp_path / "out") == whole
 
 
-def test_a_damaged_fingerprint_is_said(model: Path, tmp_path: Path) -> None:
-    work = interrupt(model, tmp_path / "out")
-    (work / "fingerprint.json").write_text("{")
+@pytest.mark.parametrize("harm", [("{", "["), ('"threads": ', '"threads": 1'), ('"checksum"', '"checksun"')])
+def test_a_damaged_fingerprint_is_said(model: Path, tmp_path: Path, harm: tuple[str, str]) -> None:
+    path = interrupt(model, tmp_path / "out") / "fingerprint.json"
+    path.write_text(path.read_text().replace(*harm))
     with pytest.raises(InputError, match=r"fingerprint\.json is damaged"):
         quantize(str(model), str(tmp_path / "out"), **OPTIONS, resume=True)
 
@@ -383,6 +387,27 @@ def test_every_flipped_byte_of_a_layer_is_noticed(tmp_path: Path) -> None:
             assert data[place : place + 1].isspace()
             assert repr(found.weights["w"]) == repr(weight)
             assert found.modules == [ModuleReport("w", "gptq", 0.5)]
+
+
+def test_what_is_to_be_made_once_is_made_once(model: Path, tmp_path: Path) -> None:
+    source = open_source(str(model))
+    given = {"model": str(model), "exports": [{"output": str(tmp_path / "out")}], **OPTIONS}
+    recipe = resolve(make_options(given), source.config)
+    made = []
+
+    def ask(resume: bool) -> dict:
+        with pytest.raises(KeyboardInterrupt), WorkFolder(recipe, source, resume) as work:
+            work.begin(lambda: torch.zeros(4, 64, dtype=torch.int64))
+            found = work.once("budget", lambda: made.append(1) or {"a": [1.5, None], "é": len(made)})
+            raise KeyboardInterrupt
+        return found
+
+    assert ask(resume=False) == {"a": [1.5, None], "é": 1}
+    assert ask(resume=True) == {"a": [1.5, None], "é": 1}
+    path = tmp_path / ".out.work" / "budget.json"
+    path.write_bytes(path.read_bytes().replace(b"1.5", b"2.5"))
+    assert ask(resume=True) == {"a": [1.5, None], "é": 2}
+    assert ask(resume=False) == {"a": [1.5, None], "é": 3}
 
 
 def test_a_work_folder_that_somebody_takes_away_does_no_harm(model: Path, whole: dict, tmp_path: Path) -> None:
