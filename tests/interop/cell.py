@@ -68,10 +68,11 @@ def judge(kl: float, tolerance: Tolerance) -> Result:
     return kl <= tolerance.mean_kl, f"mean KL {kl:.1e}, at most {tolerance.mean_kl:.1e}: {tolerance.reason}"
 
 
-def rounding_tolerance(artifact: Path, ours: torch.Tensor, sequences: list[list[int]], scratch: Path) -> Tolerance:
-    """What rounding activations may cost, measured on ourselves."""
-    unrounded = our_logits(str(without_rounding(artifact, scratch)), sequences)
-    return Tolerance(ROUNDING_FACTOR * mean_kl(unrounded, ours), ROUNDING)
+def judge_rounding(ours: float, theirs: float) -> Result:
+    """Compare what rounding activations costs ours and theirs: mean KL from our logits with unrounded activations."""
+    ratio = theirs / ours
+    detail = f"rounded activations cost it {theirs:.1e} and us {ours:.1e}, a ratio of {ratio:.2f}, at most "
+    return 1 / ROUNDING_FACTOR <= ratio <= ROUNDING_FACTOR, f"{detail}{ROUNDING_FACTOR} either way: {ROUNDING}"
 
 
 def without_rounding(artifact: Path, scratch: Path) -> Path:
@@ -94,33 +95,33 @@ def rounds_activations(artifact: Path) -> bool:
 
 def check_transformers(cell: Cell, artifact: Path, text: Path, scratch: Path) -> Result:
     sequences = sequences_of(artifact, text)
-    ours = our_logits(str(artifact), sequences)
-    kl = mean_kl(ours, peer_logits(cell, "transformers_logits", artifact, sequences, scratch))
     if not rounds_activations(artifact):
-        return judge(kl, TOLERANCES[cell.peer])
-    as_run = judge(kl, rounding_tolerance(artifact, ours, sequences, scratch))
-    plain = without_rounding(artifact, scratch)
-    exact = judge(
-        mean_kl(our_logits(str(plain), sequences), peer_logits(cell, "transformers_logits", plain, sequences, scratch)),
-        TOLERANCES[cell.peer],
-    )
-    return as_run[0] and exact[0], f"{as_run[1]}; with activations left as they are, {exact[1]}"
+        return judge_logits(cell, "transformers_logits", artifact, sequences, scratch)
+    unrounded = without_rounding(artifact, scratch)
+    truth = our_logits(str(unrounded), sequences)
+    theirs = peer_logits(cell, "transformers_logits", artifact, sequences, scratch)
+    as_run = judge_rounding(mean_kl(truth, our_logits(str(artifact), sequences)), mean_kl(truth, theirs))
+    weights = judge_logits(cell, "transformers_logits", unrounded, sequences, scratch)
+    return as_run[0] and weights[0], f"with unrounded activations {weights[1]}; {as_run[1]}"
+
+
+def judge_logits(
+    cell: Cell, script: str, artifact: Path, sequences: list[list[int]], scratch: Path, ours: str | None = None
+) -> Result:
+    """A peer's logits of an artifact against ours, of the same one or of `ours`."""
+    theirs = peer_logits(cell, script, artifact, sequences, scratch)
+    return judge(mean_kl(our_logits(ours or str(artifact), sequences), theirs), TOLERANCES[cell.peer])
 
 
 def check_auto_gptq(cell: Cell, artifact: Path, text: Path, scratch: Path) -> Result:
     sequences = sequences_of(artifact, text)
-    ours = our_logits(str(artifact), sequences)
-    passed, detail = judge(
-        mean_kl(ours, peer_logits(cell, "auto_gptq_logits", artifact, sequences, scratch)), TOLERANCES[cell.peer]
-    )
+    passed, detail = judge_logits(cell, "auto_gptq_logits", artifact, sequences, scratch)
     if passed or not cell.scheme.endswith("-asym"):
         return passed, detail
-    lowered = judge(
-        mean_kl(ours, peer_logits(cell, "auto_gptq_logits", with_lower_zeros(artifact, scratch), sequences, scratch)),
-        TOLERANCES[cell.peer],
-    )
-    verdict = "agrees" if lowered[0] else "does not agree either"
-    return False, f"{detail}; with every zero point stored one lower it {verdict} ({lowered[1]})"
+    lowered = with_lower_zeros(artifact, scratch)
+    agrees, and_so = judge_logits(cell, "auto_gptq_logits", lowered, sequences, scratch, ours=str(artifact))
+    verdict = "agrees" if agrees else "does not agree either"
+    return False, f"{detail}; with every zero point stored one lower it {verdict} ({and_so})"
 
 
 def with_lower_zeros(artifact: Path, scratch: Path) -> Path:
@@ -141,9 +142,7 @@ def with_lower_zeros(artifact: Path, scratch: Path) -> Path:
 def check_autoawq(cell: Cell, artifact: Path, text: Path, scratch: Path) -> Result:
     if cell.scheme == WRITTEN:
         return check_written_by_autoawq(cell, scratch)
-    sequences = sequences_of(artifact, text)
-    theirs = peer_logits(cell, "autoawq_logits", artifact, sequences, scratch)
-    return judge(mean_kl(our_logits(str(artifact), sequences), theirs), TOLERANCES[cell.peer])
+    return judge_logits(cell, "autoawq_logits", artifact, sequences_of(artifact, text), scratch)
 
 
 def check_written_by_autoawq(cell: Cell, scratch: Path) -> Result:
@@ -164,12 +163,13 @@ def check_vllm(cell: Cell, artifact: Path, text: Path, scratch: Path) -> Result:
     tokens.write_text(json.dumps(sequences), "utf-8")
     run_peer(cell, "vllm_logprobs", artifact, tokens, output)
     theirs = np.load(output)
-    ours = our_logits(str(artifact), sequences)
-    tolerance = TOLERANCES[cell.peer]
-    if rounds_activations(artifact):
-        rounding = rounding_tolerance(artifact, ours, sequences, scratch)
-        tolerance = Tolerance(tolerance.mean_kl + rounding.mean_kl, f"{tolerance.reason}, and {rounding.reason}")
-    passed, detail = judge(mean_kl_of_top(ours[:, :-1], theirs["ids"], theirs["logprobs"]), tolerance)
+    rounded = rounds_activations(artifact)
+    truth = our_logits(str(without_rounding(artifact, scratch) if rounded else artifact), sequences)
+    kl = mean_kl_of_top(truth[:, :-1], theirs["ids"], theirs["logprobs"])
+    if rounded:
+        passed, detail = judge_rounding(mean_kl(truth, our_logits(str(artifact), sequences)), kl)
+    else:
+        passed, detail = judge(kl, TOLERANCES[cell.peer])
     words = load_tokenizer(str(artifact)).decode(theirs["generated"][0].tolist())
     return passed, f"{detail}; it continues with {words!r}"
 

@@ -10,7 +10,7 @@ _READS = {
     "transformers": {"compressed-tensors": ("w4a16", "w8a16", "w8a8", "fp8", "nvfp4", "mxfp4")},
     "vllm": {
         "compressed-tensors": ("w4a16", "w8a16", "w8a8", "fp8", "nvfp4", "mxfp4"),
-        "gptq": ("w4a16",),
+        "gptq": ("w4a16", "w4a16-asym"),
         "awq": ("w4a16-asym",),
     },
     "llama.cpp": {"gguf": ("f16", "bf16", *GGUF_BLOCKS)},
@@ -55,6 +55,10 @@ KNOWN_FAULTS = {
     Cell("auto-gptq", "gptq", "w4a16-asym"): KnownFault(
         "with every zero point stored one lower it agrees",
         "auto-gptq 0.7.1 is older than `checkpoint_format: gptq_v2` and adds one to every zero point",
+    ),
+    Cell("vllm", "gptq", "w4a16-asym"): KnownFault(
+        "Unsupported quantization config: bits=4, sym=False",
+        "vLLM's kernels for GPTQ take symmetric weights only; asymmetric ones go to it as AWQ",
     ),
     Cell("vllm", "compressed-tensors", "w8a16"): KnownFault(
         "CPUWNA16LinearKernel cannot implement",

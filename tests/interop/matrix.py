@@ -95,7 +95,7 @@ def _write_artifact(cell: Cell, artifact: Path) -> str | None:
 
 
 def _run_cell(cell: Cell, artifact: Path, text: Path) -> dict[str, Any]:
-    result = WORK / "result.json"
+    result = WORK / f"{cell.name.replace('/', '-')}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "cell.py"), cell.name, str(artifact), str(text), str(result)]
     problem = _problem(command)
