@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 from llmopt.errors import InputError, LlmoptError
 from llmopt.model import gguf_names, rope
@@ -23,8 +24,8 @@ from llmopt.weights.formats import FORMATS
 from llmopt.weights.formats.gguf_blocks import block_type, encode_blocks
 from llmopt.weights.formats.gguf_mixes import FILE_TYPES
 from llmopt.weights.gguf_writer import STORED_AS, GGUFWriter
-from llmopt.weights.quantized import QuantizedTensor, Weight
-from llmopt.weights.scheme import SCHEMES
+from llmopt.weights.quantized import QuantizedTensor, Weight, row_parts
+from llmopt.weights.scheme import SCHEMES, Scheme
 from llmopt.weights.shards import ShardWriter
 
 MANIFEST = "llmopt.json"
@@ -162,9 +163,8 @@ class GGUFExporter(Exporter):
         if kind in STORED_AS:
             self.writer.add(gguf_names.to_gguf(name), as_dense(weight, STORED_AS[kind]))
             return
-        if not _fits(weight, kind):
-            weight = round_to_nearest(as_dense(weight), SCHEMES[kind.lower()])
-        self.writer.add(gguf_names.to_gguf(name), encode_blocks(weight))
+        blocks = encode_blocks(weight) if _fits(weight, kind) else _rounded(weight, SCHEMES[kind.lower()])
+        self.writer.add(gguf_names.to_gguf(name), blocks)
 
     def finish(self, manifest: dict[str, Any]) -> None:
         self.writer.finish()
@@ -177,6 +177,12 @@ def _fits(weight: Weight, kind: str) -> TypeGuard[QuantizedTensor]:
         return isinstance(weight, QuantizedTensor) and block_type(weight) == kind
     except LlmoptError:
         return False
+
+
+def _rounded(weight: Weight, scheme: Scheme) -> Tensor:
+    """The blocks of a weight that is in other codes or in none; some rows at a time, as no block spans two."""
+    parts = (weight[rows] if isinstance(weight, Tensor) else weight.select_rows(rows) for rows in row_parts(weight))
+    return torch.cat([encode_blocks(round_to_nearest(as_dense(part), scheme)) for part in parts])
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ INT, FP4, FP8 = "int", "fp4", "fp8"
 LARGEST = {FP4: 6.0, FP8: 448.0}
 """The largest number of each floating-point kind."""
 
+_ELEMENTS_AT_ONCE = 1 << 22
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -44,6 +45,13 @@ def rounded(values: Tensor, number: str, largest_code: int) -> Tensor:
     # Steps of E2M1: 0.5 below 2, 1 from 2 to 4, 2 from there on.
     step = torch.where(values.abs() < 2, 0.5, torch.where(values.abs() < 4, 1.0, 2.0))
     return values.div_(step).round_().mul_(step).clamp_(-LARGEST[FP4], LARGEST[FP4])
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether floating-point numbers are neither infinite nor NaN; looked at in parts, for large ones."""
+    parts = tensor.flatten().split(_ELEMENTS_AT_ONCE)
+    # torch cannot ask 8-bit floats whether they are finite.
+    return all(bool(torch.isfinite(part if part.itemsize > 1 else part.float()).all()) for part in parts)
 
 
 @cache

@@ -1,11 +1,14 @@
 """The one canonical form of a quantized weight, between every method, format and kernel."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llmopt.weights.numbers import INT, values_of
+
+ELEMENTS_AT_ONCE = 1 << 22  # of a weight that are in float32 together: all of an embedding may be more than fits
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TwoLevel:
         runs = self.factors.shape[1]
         return (self.values.float().unflatten(1, (runs, -1)) * self.factors.float()[..., None]).flatten(1)
 
-    def __getitem__(self, rows: Tensor) -> "TwoLevel":
+    def __getitem__(self, rows: Tensor | slice) -> "TwoLevel":
         return TwoLevel(self.values[rows], self.factors if self.factors.shape[0] == 1 else self.factors[rows])
 
 
@@ -107,7 +110,13 @@ class QuantizedTensor:
         return torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight in floating point, [out, in]; computed in float32 and then rounded to `dtype`."""
+        """The weight in floating point, [out, in]; computed in float32, some rows at a time, and rounded to `dtype`."""
+        result = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for rows in row_parts(self):
+            result[rows] = self.select_rows(rows)._in_float32()
+        return result
+
+    def _in_float32(self) -> Tensor:
         columns: slice | Tensor = slice(None)
         if self.group_index is None:
             values = values_of(self.codes, self.number).unflatten(1, (self.scales.shape[1], self.group_size))
@@ -116,15 +125,15 @@ class QuantizedTensor:
             values = values_of(self.codes, self.number)[..., None]
         scales = self.scales.float()[:, columns, None]
         if self.minimums is not None:
-            return values.mul_(scales).add_(self.minimums.float()[:, columns, None]).flatten(1).to(dtype)
+            return values.mul_(scales).add_(self.minimums.float()[:, columns, None]).flatten(1)
         if self.zeros is not None:
             values -= self.zeros[:, columns, None]
         elif self.number == INT:
             values -= self.middle
-        return values.mul_(scales).flatten(1).to(dtype)
+        return values.mul_(scales).flatten(1)
 
-    def select_rows(self, rows: Tensor) -> "QuantizedTensor":
-        """The outputs of these row numbers (int64), in that order."""
+    def select_rows(self, rows: Tensor | slice) -> "QuantizedTensor":
+        """The outputs of these row numbers (int64), in that order; a slice copies nothing."""
         zeros = None if self.zeros is None else self.zeros[rows]
         minimums = None if self.minimums is None else self.minimums[rows]
         return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros, minimums=minimums)
@@ -138,3 +147,9 @@ class QuantizedTensor:
 
 
 Weight = Tensor | QuantizedTensor
+
+
+def row_parts(weight: Weight) -> Iterator[slice]:
+    """Runs of rows of a matrix, of a size that may be in float32 whatever the size of the matrix."""
+    step = max(1, ELEMENTS_AT_ONCE // max(1, weight.shape[1]))
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))

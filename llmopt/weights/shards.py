@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
 from llmopt.weights.checkpoint import INDEX, SINGLE
+from llmopt.weights.numbers import all_finite
 from llmopt.weights.safetensors_writer import SafetensorsWriter
 
 SHARD_BYTES = 4 << 30
@@ -34,8 +34,7 @@ class ShardWriter:
         """Write a tensor. Raises LlmoptError for a name that was there before, NaN and infinity."""
         if name in self._shard_of:
             raise LlmoptError(f"{name} would be written twice")
-        # torch cannot ask 8-bit floats whether they are finite.
-        if tensor.is_floating_point() and not torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise LlmoptError(f"{name} holds values that are not finite")
         if self._open is not None and self._open.size_bytes + tensor.nbytes > self._shard_bytes:
             self._finish_shard()
