@@ -28,7 +28,7 @@ _RUN = "How to run"
 # Flags that are keys of `Options` under the same name; `format` is the first export's.
 _KEYS = (
     "method", "scheme", "group_size", "target_bpw", "desc_act", "damp", "ignore", "calibration", "samples", "seq_len",
-    "seed", "device", "quantizer", "format",
+    "seed", "device", "spill", "quantizer", "format",
 )  # fmt: skip
 
 
@@ -130,6 +130,14 @@ def quantize(
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda: where calibration runs.", rich_help_panel=_CALIBRATION)
     ] = "auto",
+    spill: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep the samples' activations on the disk. By default where they would take much of the free memory.",
+            show_default=False,
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -204,7 +212,7 @@ def _refuse_what_does_nothing(
     idle: list[tuple[tuple[str, ...], str]] = []
     if options.method == "rtn" and options.calibration is None and options.target_bpw is None:
         needs = "--calibration or methods that calibrate: gptq, awq and smoothquant"
-        idle.append((("samples", "seq_len", "seed", "device", "resume"), needs))
+        idle.append((("samples", "seq_len", "seed", "device", "spill", "resume"), needs))
     if options.method != "gptq":
         idle.append((("damp", "desc_act"), "--method gptq"))
     for names, needs in idle:

@@ -1,5 +1,7 @@
 """What the calibration samples look like at the input of every linear layer."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from llmopt.model import rope
 from llmopt.model.config import ModelConfig
 from llmopt.model.decoder import LINEAR_GROUPS, DecoderLayer
 from llmopt.model.source import ModelSource
+from llmopt.quant.activations import hold
 from llmopt.quant.methods.base import InputStatistics
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
@@ -30,8 +33,10 @@ class CalibrationSweep:
         backend: ReferenceBackend,
         with_gram: bool = True,
         keep_rows: int = 0,
+        spill_to: Path | None = None,
     ) -> None:
-        """`with_gram` and `keep_rows` say what to keep of the inputs; see `InputStatistics`."""
+        """`with_gram` and `keep_rows` say what to keep of the inputs, see `InputStatistics`; `spill_to` is a file for
+        the activations where they are not to be in memory."""
         self.config: ModelConfig = source.config
         self.backend = backend
         self.with_gram, self.keep_rows = with_gram, keep_rows
@@ -41,7 +46,13 @@ class CalibrationSweep:
         self.cos, self.sin = (t.to(backend.device) for t in rope.angles(positions, frequencies))
         per_batch = max(1, TOKENS_AT_ONCE // self.length)
         table = source.embedding
-        self.batches = [rows(table, part).to(backend.device, backend.dtype) for part in tokens.split(per_batch)]
+        embedded = (rows(table, part).to(backend.device, backend.dtype) for part in tokens.split(per_batch))
+        self._batches = hold(embedded, spill_to, backend.device)
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """Where all samples stand, float32 [samples, length, hidden] each, in memory."""
+        return list(self._batches)
 
     @torch.inference_mode()
     def observe(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
@@ -49,7 +60,7 @@ class CalibrationSweep:
         observed = {group: Observed(getattr(layer, group), self.with_gram, self.keep_rows) for group in LINEAR_GROUPS}
         for group, linear in observed.items():
             setattr(layer, group, linear)
-        for hidden in self.batches:
+        for hidden in self._batches:
             self.run(layer, hidden)
         for group, linear in observed.items():
             setattr(layer, group, linear.linear)
@@ -57,7 +68,8 @@ class CalibrationSweep:
 
     @torch.inference_mode()
     def advance(self, layer: DecoderLayer) -> None:
-        self.batches = [self.run(layer, hidden) for hidden in self.batches]
+        for index, hidden in enumerate(self._batches):
+            self._batches[index] = self.run(layer, hidden)
 
     def run(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
         """A layer over whole samples, [samples, length, hidden] to the same shape."""

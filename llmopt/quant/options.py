@@ -65,6 +65,7 @@ class Options(Strict):
         samples, seq_len: how many calibration samples, of how many tokens.
         seed: the same seed gives the same bytes.
         device: where calibration runs.
+        spill: whether the samples' activations go to the disk; None where they would take much of the free memory.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Options(Strict):
     seq_len: int = 512
     seed: int = 0
     device: str = "auto"
+    spill: bool | None = None
 
 
 def make_options(given: Mapping[str, Any], where: Callable[[Place], str] = lambda place: "") -> Options:
