@@ -120,6 +120,10 @@ class ModelConfig:
             shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
         return shapes
 
+    def linear_widths(self) -> set[int]:
+        """How long the rows of linear layers are."""
+        return {shape[1] for shape in self.layer_shapes().values() if len(shape) == 2}
+
 
 class Fields:
     """Typed reading of a mapping that somebody else wrote; every complaint names the file and the key."""
