@@ -16,6 +16,7 @@ from llmopt.errors import LlmoptError
 from llmopt.model.decoder import DecoderLayer
 from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name, open_source
 from llmopt.progress import Progress, silent
+from llmopt.quant.activations import fit_in_memory
 from llmopt.quant.calibration import CalibrationSweep
 from llmopt.quant.export import open_exporter
 from llmopt.quant.legacy.run import check_quantizer, quantize_with_package
@@ -25,6 +26,7 @@ from llmopt.quant.options import Options, make_options
 from llmopt.quant.phases import Phases
 from llmopt.quant.recipe import Recipe, resolve
 from llmopt.quant.samples import calibration_tokens
+from llmopt.quant.sensitivity import measure
 from llmopt.quant.work import WorkFolder
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
@@ -72,6 +74,11 @@ def run(
         ]
     # The work folder is closed last: what it keeps must outlive a failure to publish.
     with WorkFolder(recipe, source, resume, overwrite) as work, ExitStack() as stack, torch.inference_mode():
+        samples: Tensor | None = None
+        if recipe.calibration is not None:
+            with phases("sample"):
+                samples = work.begin(partial(_calibration_tokens, recipe, source, progress))
+        recipe, allocation = _allocate(recipe, source, work, samples, phases, progress)
         exporters = [
             stack.enter_context(open_exporter(export, recipe, source, overwrite)) for export in recipe.options.exports
         ]
@@ -83,7 +90,7 @@ def run(
                     exporter.add(name, weight)
 
         add(EMBEDDING, source.embedding)
-        modules = _quantize_layers(recipe, source, work, add, phases, progress)
+        modules = _quantize_layers(recipe, source, work, samples, add, phases, progress)
         add(FINAL_NORM, source.final_norm)
         if not source.config.tie_word_embeddings:
             add(HEAD, source.head)
@@ -93,21 +100,50 @@ def run(
             manifests.append(
                 build_manifest(recipe, source, exporter.export, exporter.size_bytes, modules, seconds, phases)
             )
+            manifests[-1] |= {} if allocation is None else {"allocation": allocation}
             exporter.finish(manifests[-1])
     return manifests
+
+
+def _allocate(
+    recipe: Recipe,
+    source: ModelSource,
+    work: WorkFolder,
+    tokens: Tensor | None,
+    phases: Phases,
+    progress: Progress,
+) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe with the schemes that its budget buys, and what the manifest says of them. None without a budget."""
+    mixture = recipe.mixture
+    if mixture is None or tokens is None:
+        return recipe, None
+    backend = ReferenceBackend(recipe.device, products=fast_products(recipe.device))
+    with phases("measure sensitivity"):
+        allocation = work.once(
+            "allocation",
+            lambda: mixture.spend(measure(source, tokens, mixture.parts, backend, recipe.options.seed, progress)),
+        )
+    return replace(recipe, schemes=mixture.schemes(allocation)), allocation
 
 
 def _quantize_layers(
     recipe: Recipe,
     source: ModelSource,
     work: WorkFolder,
+    tokens: Tensor | None,
     add: Callable[[str, Weight], None],
     phases: Phases,
     progress: Progress,
 ) -> list[ModuleReport]:
     method = recipe.build_method(source.config)
     backend = ReferenceBackend(recipe.device, products=fast_products(recipe.device))
-    sweep = _start_sweep(recipe, source, work, method, backend, phases, progress)
+    sweep = None
+    if tokens is not None:
+        spill = recipe.options.spill
+        if spill is None:
+            spill = not fit_in_memory(tokens, source.config.hidden_size)
+        spill_to = work.spill_file if spill else None
+        sweep = CalibrationSweep(source, tokens, backend, method.needs_gram, method.keep_rows, spill_to)
     reports: list[ModuleReport] = []
     for index in range(source.config.num_layers):
         progress(f"quantizing{_last_error(reports)}", index, source.config.num_layers)
@@ -135,22 +171,6 @@ def _quantize_layer(
         statistics = {} if sweep is None else sweep.observe(DecoderLayer(source.config, index, weights, sweep.backend))
     with phases("choose codes"):
         return method.quantize_layer(weights, recipe.layer_schemes(index), statistics)
-
-
-def _start_sweep(
-    recipe: Recipe,
-    source: ModelSource,
-    work: WorkFolder,
-    method: Method,
-    backend: ReferenceBackend,
-    phases: Phases,
-    progress: Progress,
-) -> CalibrationSweep | None:
-    if recipe.calibration is None:
-        return None
-    with phases("sample"):
-        tokens = work.begin(partial(_calibration_tokens, recipe, source, progress))
-    return CalibrationSweep(source, tokens, backend, method.needs_gram, method.keep_rows)
 
 
 def _calibration_tokens(recipe: Recipe, source: ModelSource, progress: Progress) -> Tensor:

@@ -9,16 +9,19 @@ from typing import Any
 from llmopt.backend.select import find_device
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
-from llmopt.model.decoder import LINEAR_GROUPS, linear_names
-from llmopt.model.source import EMBEDDING, HEAD, layer_name
+from llmopt.model.decoder import LINEAR_GROUPS
+from llmopt.model.source import layer_name
 from llmopt.quant.methods.awq import AWQ
 from llmopt.quant.methods.base import Method
 from llmopt.quant.methods.gptq import GPTQ
 from llmopt.quant.methods.rtn import RoundToNearest
 from llmopt.quant.methods.smoothquant import SmoothQuant
-from llmopt.quant.options import KEEP, Export, Options, Override
+from llmopt.quant.mixed_precision import MixedPrecision, mixed_precision
+from llmopt.quant.options import KEEP, Export, Options
+from llmopt.quant.schemes import choose_schemes, gguf_names, main_scheme, outer_schemes
 from llmopt.weights.formats import FORMATS
-from llmopt.weights.scheme import SCHEMES, Scheme, find_scheme, nearest
+from llmopt.weights.formats.gguf_mixes import MIXES
+from llmopt.weights.scheme import Scheme, nearest
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
 GGUF = "gguf"
@@ -33,11 +36,12 @@ class Recipe:
 
     Attributes:
         options: with every default filled in; `llmopt.json` holds them, and they are enough to do the same again.
-        main: the scheme that was asked for, its group size settled.
+        main: the scheme that was asked for; of a mix of GGUF types, that of most layers.
         schemes: the scheme of every linear layer that is quantized, by its full name, its group size settled.
         outer: the schemes of embedding and head where GGUF quantizes them, by their parameters' names.
         calibration: where samples come from, None where none are needed.
         device: `cpu` or `cuda`.
+        mixture: where `schemes` are only where a search for better ones within a budget begins, what it may choose.
     """
 
     options: Options
@@ -46,6 +50,7 @@ class Recipe:
     outer: Mapping[str, Scheme]
     calibration: str | None
     device: str
+    mixture: MixedPrecision | None = None
 
     def build_method(self, config: ModelConfig) -> Method:
         match self.options.method:
@@ -63,7 +68,7 @@ class Recipe:
         return {name.removeprefix(prefix): s for name, s in self.schemes.items() if name.startswith(prefix)}
 
     def to_dict(self) -> dict[str, Any]:
-        return self.options.model_dump(mode="json", exclude={"exports"})
+        return self.options.model_dump(mode="json", exclude={"exports", "spill"})
 
 
 def resolve(options: Options, config: ModelConfig) -> Recipe:
@@ -71,28 +76,42 @@ def resolve(options: Options, config: ModelConfig) -> Recipe:
     method, known = options.method, METHODS
     if method not in known:
         raise InputError(f"unknown method {method!r}{nearest(method, known)}; known: {', '.join(known)}")
-    main = _settled(find_scheme(options.scheme), options.group_size, config)
+    main = main_scheme(options.scheme)
     exports = tuple(Export(output=e.output, format=_find_format(e, method, main)) for e in options.exports)
     for export in exports:
         _check_output(export)
-    schemes = _schemes(options, main, config)
+    gguf = all(export.format == GGUF for export in exports)
+    is_mix = gguf and options.scheme in MIXES
+    main = main.with_group_size(options.group_size) if options.group_size is not None else main
+    main = main if is_mix else main.for_widths(config.linear_widths())
+    schemes = choose_schemes(options, main, is_mix, config)
     for scheme in {main, *schemes.values()}:
         for export in exports:
             check_combination(method, scheme, str(export.format), options.desc_act)
-    calibration = options.calibration or (None if method == "rtn" else SELF)
+    mixture = _mixture(options, main, schemes, exports, config)
+    calibration = options.calibration or (None if method == "rtn" and mixture is None else SELF)
     if calibration is not None:
         _check_calibration(options, config)
-    if any(export.format != GGUF for export in exports):
+    if not gguf:
         _check_shared_inputs(schemes, config)
     settled = options.model_copy(update={"exports": exports, "calibration": calibration})
-    return Recipe(settled, main, schemes, _outer_schemes(main), calibration, find_device("auto", options.device))
+    device = find_device("auto", options.device)
+    return Recipe(
+        settled,
+        main,
+        schemes,
+        outer_schemes(options.scheme, config) if gguf else {},
+        calibration,
+        device,
+        mixture,
+    )
 
 
 def check_combination(method: str, scheme: Scheme, format: str, desc_act: bool) -> None:
     """Raise InputError where a method, a scheme and a format do not go together, naming what would."""
     if format == GGUF:
         if not scheme.gguf_type:
-            raise InputError(f"gguf does not hold {scheme.name}; it holds {', '.join(gguf_schemes())}")
+            raise InputError(f"gguf does not hold {scheme.name}; it holds {', '.join(gguf_names())}")
     else:
         FORMATS[format].check(scheme)
     if method == "awq" and (scheme.number, scheme.scales, scheme.activations) != ("int", "float16", None):
@@ -103,10 +122,6 @@ def check_combination(method: str, scheme: Scheme, format: str, desc_act: bool) 
         raise InputError(f"smoothquant is for schemes that round activations, w8a8 and fp8, not {scheme.name}")
     if desc_act and (method, format) != ("gptq", "gptq"):
         raise InputError("--desc-act needs --method gptq and --format gptq, the only format with a group index")
-
-
-def gguf_schemes() -> list[str]:
-    return [name for name, scheme in SCHEMES.items() if scheme.gguf_type]
 
 
 def _find_format(export: Export, method: str, scheme: Scheme) -> str:
@@ -134,43 +149,14 @@ def _check_output(export: Export) -> None:
         )
 
 
-def _schemes(options: Options, main: Scheme, config: ModelConfig) -> dict[str, Scheme]:
-    """The scheme of every linear layer that is quantized."""
-    names = linear_names(config)
-    shapes = config.layer_shapes()
-    ignored = [_pattern("--ignore", pattern, names) for pattern in options.ignore]
-    overrides = [(_pattern("an override", o.modules, names), o) for o in options.overrides]
-    schemes: dict[str, Scheme] = {}
-    for name in names:
-        chosen: Scheme | None = main
-        for pattern, override in overrides:
-            if pattern.search(name):
-                chosen = _overriding(override, shapes[f"{name.split('.', 3)[3]}.weight"][1])
-        if chosen is not None and not chosen.is_dense and not any(pattern.search(name) for pattern in ignored):
-            schemes[name] = chosen
-    return schemes
-
-
-def _settled(scheme: Scheme, group_size: int | None, config: ModelConfig) -> Scheme:
-    if group_size is not None:
-        scheme = scheme.with_group_size(group_size)
-    return scheme.for_widths({shape[1] for shape in config.layer_shapes().values() if len(shape) == 2})
-
-
-def _outer_schemes(main: Scheme) -> dict[str, Scheme]:
-    """Embedding and head in GGUF: in 8 bits at least."""
-    if main.gguf_type is None or main.is_dense:
-        return {}
-    return dict.fromkeys((EMBEDDING, HEAD), main if main.bits >= 8 else SCHEMES["q8_0"])
-
-
-def _overriding(override: Override, width: int) -> Scheme | None:
-    if override.scheme == KEEP:
+def _mixture(
+    options: Options, main: Scheme, schemes: Mapping[str, Scheme], exports: tuple[Export, ...], config: ModelConfig
+) -> MixedPrecision | None:
+    if options.target_bpw is None:
         return None
-    scheme = find_scheme(override.scheme)
-    if override.group_size is not None:
-        scheme = scheme.with_group_size(override.group_size)
-    return scheme.for_widths({width})
+    pinned = {name for name in schemes if any(re.search(override.modules, name) for override in options.overrides)}
+    formats = [str(export.format) for export in exports if export.format != GGUF]
+    return mixed_precision(options.target_bpw, main, options.group_size, schemes, frozenset(pinned), formats, config)
 
 
 def _check_calibration(options: Options, config: ModelConfig) -> None:
@@ -180,16 +166,6 @@ def _check_calibration(options: Options, config: ModelConfig) -> None:
         raise InputError(f"--seq-len must be between 8 and the model's {config.max_position}, not {options.seq_len}")
     if not 0 < options.damp < 1:
         raise InputError(f"--damp must be between 0 and 1, not {options.damp}")
-
-
-def _pattern(what: str, pattern: str, names: list[str]) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{what} {pattern!r} is no regular expression: {error}") from None
-    if not any(compiled.search(name) for name in names):
-        raise InputError(f"{what} {pattern!r} matches no linear layer; they are named like {names[0]}")
-    return compiled
 
 
 def _check_shared_inputs(schemes: Mapping[str, Scheme], config: ModelConfig) -> None:
