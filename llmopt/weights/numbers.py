@@ -32,7 +32,7 @@ def codes_of(values: Tensor, number: str) -> Tensor:
         return values.to(torch.uint8)
     if number == FP8:
         return values.to(torch.float8_e4m3fn).view(torch.uint8)
-    magnitude = torch.bucketize(values.abs(), _fp4_table(values.device)[:8]).to(torch.uint8)
+    magnitude = torch.bucketize(values.abs().contiguous(), _fp4_table(values.device)[:8]).to(torch.uint8)
     return magnitude | torch.signbit(values).to(torch.uint8) << 3
 
 

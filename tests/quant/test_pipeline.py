@@ -24,6 +24,14 @@ KINDS = {
     "awq": {"method": "awq", "scheme": "w4a16-asym"},
     "w8a16": {"method": "rtn", "scheme": "w8a16"},
     "w8a8": {"method": "rtn", "scheme": "w8a8"},
+    "w3a16": {"method": "gptq", "scheme": "w3a16"},
+    "smoothquant": {"method": "smoothquant", "scheme": "w8a8"},
+    "fp8": {"method": "smoothquant", "scheme": "fp8"},
+    "nvfp4": {"method": "gptq", "scheme": "nvfp4"},
+    "mxfp4": {"method": "gptq", "scheme": "mxfp4", "format": "compressed-tensors"},
+    "mxfp4.gguf": {"method": "rtn", "scheme": "mxfp4"},
+    "q4_k_m.gguf": {"method": "gptq", "scheme": "q4_k_m"},
+    "q5_1.gguf": {"method": "rtn", "scheme": "q5_1"},
     "q8_0.gguf": {"method": "rtn", "scheme": "q8_0"},
     "q4_0.gguf": {"method": "rtn", "scheme": "q4_0"},
     "f16.gguf": {"method": "rtn", "scheme": "f16"},
@@ -31,8 +39,11 @@ KINDS = {
 SMALL = {"samples": 4, "seq_len": 64, "calibration": "builtin"}
 
 
+FIXED = ("w8a8", "smoothquant", "fp8", "nvfp4", "mxfp4")  # schemes whose group size is not to choose
+
+
 def options(kind: str) -> dict:
-    return KINDS[kind] | SMALL | ({} if kind.endswith("gguf") or kind == "w8a8" else {"group_size": 32})
+    return KINDS[kind] | SMALL | ({} if kind.endswith("gguf") or kind in FIXED else {"group_size": 32})
 
 
 def logits(model: Path | str, tokens: list[int]) -> torch.Tensor:
@@ -51,8 +62,8 @@ def test_artifact_is_complete_and_close_to_the_original(family: str, kind: str, 
         found.log_softmax(-1), truth.log_softmax(-1), log_target=True, reduction="sum"
     )
     divergence /= len(tokens)
-    fine = kind in ("f16.gguf", "q8_0.gguf", "w8a16", "w8a8")
-    assert divergence < (0.02 if fine else 0.6), f"KL {divergence:.4f}"
+    fine = kind in ("f16.gguf", "q8_0.gguf", "w8a16", "w8a8", "smoothquant", "fp8")
+    assert divergence < (0.02 if fine else 1.5 if kind == "w3a16" else 0.6), f"KL {divergence:.4f}"
     assert open_source(str(output)).tokenizer.encode("the cat sat") == open_source(str(folder)).tokenizer.encode(
         "the cat sat"
     )
