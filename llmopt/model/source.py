@@ -177,7 +177,7 @@ class FolderSource(ModelSource):
 
 
 class GGUFSource(ModelSource):
-    """A GGUF file; 8-bit and plain 4-bit blocks stay quantized, other block types become float32."""
+    """A GGUF file; the block types of `BLOCK_TYPES` stay quantized, others become float32."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -55,6 +55,7 @@ def _fit_two_levels(rows: "_Rows") -> tuple[TwoLevel, TwoLevel]:
     lowest, highest, dtype = _INTEGERS[rows.scheme.scales]
     runs = rows.x.shape[0] * rows.x.shape[2] // SUPER_BLOCK
     scale, minimum = rows.search()
+    # The integers of minimums are not negative, so that their factors are.
     scales, minimums = _rounded_to(scale, runs, lowest, highest), _rounded_to(minimum, runs, 0, 63)
     for _ in range(TURNS):
         moments = rows.moments(scales.float(), minimums.float())
