@@ -19,6 +19,13 @@ _READS = {
 ENVIRONMENT = {"auto-gptq": "legacy", "autoawq": "legacy"}
 """The environments that are not named as their peer."""
 
+HELP = {
+    "auto-gptq": "after loading, our script loads the tied embedding once more, which auto-gptq with accelerate 1.15 "
+    "leaves all zero where a checkpoint holds no lm_head: without that, no logit is right",
+    "autoawq": "our script keeps it from asking for Intel's extension, without which it loads nothing on a CPU",
+}
+"""What a peer cannot do by itself here, so that a passing cell does not say more than was seen."""
+
 
 @dataclass(frozen=True)
 class Cell:

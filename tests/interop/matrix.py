@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS, KNOWN_FAULTS, WRITTEN, Cell
+from cells import CELLS, HELP, KNOWN_FAULTS, WRITTEN, Cell
 from environments import HERE, make
 from rich.console import Console
 from rich.markup import escape
@@ -25,7 +25,7 @@ BUILD = HERE.parents[1] / "build"
 WORK = BUILD / "interop"
 TIMEOUT = 1200  # seconds for a cell; a machine that is busy with other work needs several minutes for the slowest
 _LAST = 3000  # characters of a failure's output that are kept
-_SHOWN = 300  # characters of a detail that the table shows; the whole is in the JSON
+_SHOWN = 500  # characters of a detail that the table shows; the whole is in the JSON
 
 
 def main() -> int:
@@ -85,6 +85,8 @@ def _run(cell: Cell, text: Path, written: dict[Path, str | None]) -> dict[str, A
         outcome["detail"] = f"the peer's: {fault.reason}. Seen: {outcome['detail']}"
     elif outcome["pass"] and fault is not None:
         outcome["detail"] = f"passes, although cells.py says that {fault.reason}: {outcome['detail']}"
+    if cell.peer in HELP and cell.scheme != WRITTEN:
+        outcome["detail"] += f"; with help: {HELP[cell.peer]}"
     return {**asdict(cell), "pass": outcome["pass"], "known": known, "detail": outcome["detail"]}
 
 
