@@ -63,8 +63,9 @@ class AWQ(Method):
 
 def _search_scales(members: list[Stack], fold: Fold, statistics: InputStatistics) -> Tensor:
     """float32 [distinct inputs]: the input scales, x̄^r / w̄^(1 − r) for the best of 20 ratios r, normalised around
-    1; or all ones, where none is better."""
-    activation = fold.shared(statistics.magnitude / max(statistics.tokens, 1)).clamp(min=1e-8)
+    1; or all ones, where none is better. x̄ is the root mean square, which the gram matrix holds already, where the
+    paper takes the mean magnitude."""
+    activation = fold.shared(statistics.importance().sqrt()).clamp(min=1e-8)
     magnitude = torch.cat([_typical(stack) for stack in members]).mean(0)
     typical = fold.shared(magnitude)
     best_loss, best = torch.inf, torch.ones_like(activation)

@@ -20,16 +20,15 @@ class InputStatistics:
     Attributes:
         gram: float32 [in, in], the sum of x xᵀ over all tokens; None where only its diagonal is kept.
         energy: float32 [in], the sum of x², gram's diagonal.
-        magnitude: float32 [in], the sum of |x|.
-        peak: float32 [in], the largest |x|.
         rows: float32 [at most `keep_rows`, in], some of the inputs themselves, spread over the calls.
+        peak: float32 [in], the largest |x| of all inputs, where rows are kept.
         tokens: how many tokens were seen.
     """
 
     def __init__(self, width: int, with_gram: bool = True, keep_rows: int = 0) -> None:
         self.gram = torch.zeros(width, width) if with_gram else None
-        self.energy, self.magnitude, self.peak = torch.zeros(3, width).unbind()
-        self.rows = torch.empty(0, width)
+        self.energy = torch.zeros(width) if self.gram is None else self.gram.diagonal()
+        self.rows, self.peak = torch.empty(0, width), torch.zeros(width)
         self.keep_rows = keep_rows
         self.tokens = 0
 
@@ -38,10 +37,8 @@ class InputStatistics:
         x = x.float()
         if self.gram is not None:
             self._add_gram(x)
-        magnitude = x.abs()
-        self.magnitude += magnitude.sum(0).to(self.magnitude.device)
-        self.peak = torch.maximum(self.peak, magnitude.amax(0).to(self.peak.device))
-        self.energy += x.square().sum(0).to(self.energy.device)
+        else:
+            self.energy += x.square().sum(0).to(self.energy.device)
         if self.keep_rows:
             self._keep(x)
         self.tokens += x.shape[0]
@@ -53,9 +50,9 @@ class InputStatistics:
     def scaled(self, factors: Tensor) -> "InputStatistics":
         """What would have been seen of inputs times `factors` [in]."""
         scaled = InputStatistics(len(factors), with_gram=False, keep_rows=self.keep_rows)
+        scaled.energy = self.energy * factors.square()
         scaled.gram = None if self.gram is None else self.gram * factors * factors[:, None]
-        scaled.energy, scaled.magnitude = self.energy * factors.square(), self.magnitude * factors
-        scaled.peak, scaled.rows, scaled.tokens = self.peak * factors, self.rows * factors, self.tokens
+        scaled.rows, scaled.peak, scaled.tokens = self.rows * factors, self.peak * factors, self.tokens
         return scaled
 
     def full_gram(self) -> Tensor:
@@ -78,6 +75,7 @@ class InputStatistics:
 
     def _keep(self, x: Tensor) -> None:
         """Every so many rows of what has come so far, thinned out whenever they become too many."""
+        self.peak = torch.maximum(self.peak, x.abs().amax(0).to(self.peak.device))
         self.rows = torch.cat((self.rows, x[:: max(1, x.shape[0] // self.keep_rows)].to(self.rows.device)))
         if len(self.rows) > self.keep_rows:
             self.rows = self.rows[torch.linspace(0, len(self.rows) - 1, self.keep_rows).long()]

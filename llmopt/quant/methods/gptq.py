@@ -200,4 +200,4 @@ def _upcoming(weight: Tensor, factor: Tensor, errors: Tensor, start: int, first:
     stop = min(start + BLOCK, len(weight))
     if first + count > stop and first > start:  # the part beyond the block has not been brought up to date
         current[stop - first :] -= factor[start:first, stop : first + count].T @ errors[: first - start]
-    return current.T[:, None]
+    return current.T.contiguous()[:, None]
