@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.backend.select import fast_products
-from llmopt.errors import LlmoptError
+from llmopt.errors import InputError, LlmoptError
 from llmopt.model.decoder import DecoderLayer
 from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name, open_source
 from llmopt.progress import Progress, silent
@@ -28,7 +28,8 @@ from llmopt.quant.recipe import Recipe, resolve
 from llmopt.quant.samples import calibration_tokens
 from llmopt.quant.sensitivity import measure
 from llmopt.quant.work import WorkFolder
-from llmopt.weights.quantized import QuantizedTensor, Weight
+from llmopt.weights.numbers import all_finite
+from llmopt.weights.quantized import Weight
 
 
 def quantize(
@@ -89,11 +90,11 @@ def run(
                 for exporter in exporters:
                     exporter.add(name, weight)
 
-        add(EMBEDDING, source.embedding)
+        add(EMBEDDING, _finite(EMBEDDING, source.embedding))
         modules = _quantize_layers(recipe, source, work, samples, add, phases, progress)
-        add(FINAL_NORM, source.final_norm)
+        add(FINAL_NORM, _finite(FINAL_NORM, source.final_norm))
         if not source.config.tie_word_embeddings:
-            add(HEAD, source.head)
+            add(HEAD, _finite(HEAD, source.head))
         manifests = []
         for exporter in exporters:
             seconds = time.monotonic() - started
@@ -166,7 +167,8 @@ def _quantize_layer(
     recipe: Recipe, source: ModelSource, index: int, method: Method, sweep: CalibrationSweep | None, phases: Phases
 ) -> LayerResult:
     with phases("read"):
-        weights = {name: as_dense(weight) for name, weight in source.layer(index).items()}
+        given = {name: _finite(layer_name(index, name), weight) for name, weight in source.layer(index).items()}
+        weights = {name: as_dense(weight) for name, weight in given.items()}
     with phases("observe"):
         statistics = {} if sweep is None else sweep.observe(DecoderLayer(source.config, index, weights, sweep.backend))
     with phases("choose codes"):
@@ -186,9 +188,19 @@ def _last_error(reports: list[ModuleReport]) -> str:
     return f" (last layer's error {sum(r.error for r in last) / len(last):.2%})" if last else ""
 
 
+def _finite(name: str, weight: Weight) -> Weight:
+    """A weight as the model has it. Raises InputError where it holds what no method can work with."""
+    if not _is_finite(weight):
+        raise InputError(f"{name} of the model holds values that are not finite, NaN or infinity: its file is damaged")
+    return weight
+
+
 def _check_finite(name: str, weight: Weight) -> None:
-    tensors: list[Tensor] = [weight] if isinstance(weight, Tensor) else [weight.scales.float()]
-    if isinstance(weight, QuantizedTensor) and weight.minimums is not None:
-        tensors.append(weight.minimums.float())
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+    if not _is_finite(weight):
         raise LlmoptError(f"{name} came out with values that are not finite; nothing was written")
+
+
+def _is_finite(weight: Weight) -> bool:
+    if isinstance(weight, Tensor):
+        return all_finite(weight)
+    return all(all_finite(part.float()) for part in (weight.scales, weight.minimums) if part is not None)
