@@ -81,18 +81,27 @@ def _candidates(weight: Tensor, scheme: Scheme, factor: float, steps: int) -> It
         for step in (0, -1, 1)[:steps]:
             yield torch.exp2(exponent + step), torch.zeros_like(exponent)
         return
+    low, high = _reach(weight, scheme)
     for step in range(steps):
-        yield _cover(weight, scheme, factor, shrink=1 - (1 - LEAST_SHRINK) * step / steps)
+        shrink = 1 - (1 - LEAST_SHRINK) * step / steps
+        yield _cover(low * shrink, high * shrink, scheme, factor)
 
 
-def _cover(weight: Tensor, scheme: Scheme, factor: float, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point whose range is that of the weights, shrunk."""
+def _reach(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The range of each group, which holds zero and is symmetric where the scheme is."""
+    if scheme.symmetric:
+        high = weight.abs().amax(-1)
+        return -high, high
+    return weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+
+
+def _cover(low: Tensor, high: Tensor, scheme: Scheme, factor: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range."""
     if not scheme.symmetric:
-        low, high = weight.amin(-1).clamp(max=0) * shrink, weight.amax(-1).clamp(min=0) * shrink
         scale = _storable((high - low) / scheme.largest_code, scheme, factor)
         return scale, (-low / scale).round().clamp(0, scheme.largest_code)
-    reach = scheme.largest_code / 2 if scheme.number == INT else LARGEST[scheme.number]
-    scale = _storable(weight.abs().amax(-1) * shrink / reach, scheme, factor)
+    largest = scheme.largest_code / 2 if scheme.number == INT else LARGEST[scheme.number]
+    scale = _storable(high / largest, scheme, factor)
     return scale, torch.full_like(scale, middle(scheme))
 
 

@@ -45,12 +45,12 @@ class Grid:
     def numbers(self, weight: Tensor) -> Tensor:
         """The nearest number of each weight [out, groups, n] (or [out, groups] for one column a group), float32."""
         scale, zero = self._like(weight)
-        return rounded(weight / scale + zero, self.scheme.number, self.scheme.largest_code)
+        return rounded(torch.addcdiv(zero, weight, scale), self.scheme.number, self.scheme.largest_code)
 
     def values(self, numbers: Tensor) -> Tensor:
         """What numbers of the same shape stand for, scaled."""
         scale, zero = self._like(numbers)
-        return (numbers - zero) * scale
+        return (numbers - zero).mul_(scale)
 
     def quantized(self, numbers: Tensor, group_index: Tensor | None = None) -> QuantizedTensor:
         """The canonical form of numbers [out, in] on this grid."""
