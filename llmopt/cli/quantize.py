@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmopt.quant.options import Options
+    from llmopt.quant.plan import Plan
     from llmopt.quant.recipe_file import GateOptions, RecipeFile
 
 EXAMPLES = (
     "llmopt quantize smollm2 --method gptq --group-size 64 --output out/smollm2-gptq",
     "llmopt quantize MODEL --method rtn --scheme q4_k_m --calibration notes.txt --output out/model.gguf",
-    "llmopt quantize MODEL --recipe recipes/vllm-gpu.yaml --output out/model",
+    "llmopt quantize MODEL --recipe recipes/vllm-gpu.yaml --output out/model --dry-run",
 )
 MOST_FALLBACKS = 5  # that are told of one by one
 _ERRORS = "relative error of the outputs"
@@ -138,6 +139,14 @@ def quantize(
             rich_help_panel=_CALIBRATION,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check shapes, disk, memory and time, print the plan, and stop there.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -171,6 +180,11 @@ def quantize(
     options = _settle(written, model, output, flags)
     _refuse_what_does_nothing(context, options, written, flags)
     gate = None if written is None or written.gate is None else _Gate(written.path, written.gate, options.model)
+    if dry_run:
+        _plan(options, overwrite, resume, json_file)
+        if gate is not None:
+            console.output(json_file).print(f"then the gate measures {gate.asked.windows} windows, beside this time")
+        return
     with console.progress_bar() as progress:
         manifests = run(options, overwrite, progress, resume)
         if gate is not None:
@@ -190,6 +204,16 @@ quantize.__doc__ = (
     "The result loads in this engine (llmopt serve OUTPUT) and in the runtimes that read its format. Exit status 1 "
     "where a recipe's gate failed, 4 where that is not certain; the result stays."
 )
+
+
+def _plan(options: "Options", overwrite: bool, resume: bool, json_file: str | None) -> None:
+    from llmopt.cli import console
+    from llmopt.quant.plan import make_plan
+
+    with console.progress_bar() as progress:
+        plan = make_plan(options, overwrite, resume, progress)
+    _show_plan(console.output(json_file), plan)
+    console.write_json(plan.to_dict(), json_file)
 
 
 def _settle(written: "RecipeFile | None", model: str | None, output: str | None, flags: dict[str, Any]) -> "Options":
@@ -308,3 +332,39 @@ def _show_phases(out: "Console", result: dict[str, Any]) -> None:
     longest = sorted(result["phases"].items(), key=lambda phase: -phase[1])
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest if seconds >= 0.05)
     out.print(f"{result['seconds']:.1f} s: {parts}", markup=False, highlight=False)
+
+
+def _show_plan(out: "Console", plan: "Plan") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    recipe = plan.recipe.options
+    schemes = ", ".join(f"{count} in {name}" for name, count in plan.schemes.items()) or "none"
+    table = Table(show_header=False, title=f"plan: {recipe.model} by {recipe.method}")
+    table.add_row("linear layers quantized", schemes)
+    if plan.recipe.calibration is not None:
+        text = f"{recipe.samples} samples of {recipe.seq_len} tokens of {plan.recipe.calibration}"
+        table.add_row("calibration", Text(text))
+    for export in plan.exports:
+        bits = 8 * export.size_bytes / plan.parameters
+        size = f"{export.size_bytes / 1e6:.1f} MB, {bits:.2f} bits a weight"
+        table.add_row("writes", Text(f"{export.output}: {export.format}, {size}"))
+    for disk in plan.disks:
+        needed, free = f"{disk.needed / 1e6:.1f} MB at most", f"{disk.free / 1e9:.1f} GB free"
+        table.add_row("disk", Text(f"{needed}, {free} under {disk.path}"))
+    largest = sorted(plan.memory.items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in largest)
+    memory = f"{sum(plan.memory.values()) / 1e6:.0f} MB of {plan.memory_available / 1e9:.1f} GB free"
+    table.add_row("memory, about", f"{memory}; most of it: {parts}")
+    phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.seconds.items() if seconds >= 0.5)
+    table.add_row("time, about", f"{_duration(sum(plan.seconds.values()))}: {phases}")
+    out.print(table)
+    out.print("every shape is as the config says, the outputs are free, and nothing was written", highlight=False)
+    for note in plan.notes:
+        out.print(note, style="yellow", markup=False, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -24,6 +24,7 @@ from llmopt.quant.manifest import build_manifest
 from llmopt.quant.methods.base import LayerResult, Method, ModuleReport
 from llmopt.quant.options import Options, make_options
 from llmopt.quant.phases import Phases
+from llmopt.quant.plan import check
 from llmopt.quant.recipe import Recipe, resolve
 from llmopt.quant.samples import calibration_tokens
 from llmopt.quant.sensitivity import measure
@@ -64,6 +65,7 @@ def run(
     source = open_source(options.model)
     recipe = resolve(options, source.config)
     check_quantizer(recipe, source.config)
+    check(recipe, source, overwrite)
     torch.manual_seed(options.seed)
     if options.quantizer != "native":
         with phases("sample"):
