@@ -50,12 +50,13 @@ def refuse(context: typer.Context, names: Collection[str], needs: str) -> None:
 
 
 def show_verdicts(out: Console, gates: list[dict[str, Any]]) -> None:
-    """A line for each gate: what was found, and whether it passes."""
+    """A line for each gate: what was found, and whether it passes; of which artifact, where there are several."""
     from llmopt.evaluate.junit import explain
 
+    several = len({verdict.get("output") for verdict in gates}) > 1
     for verdict in gates:
         style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[verdict["verdict"]]
-        name = " ".join(filter(None, (verdict.get("output"), verdict["name"])))
+        name = f"{verdict['output']}: {verdict['name']}" if several else verdict["name"]
         out.print(f"{verdict['verdict']}: {name}: {explain(verdict)}", style=style, markup=False, highlight=False)
 
 
