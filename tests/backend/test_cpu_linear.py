@@ -42,9 +42,7 @@ def random_weight(
     scales = 0.02 * 10 ** ((2 * torch.rand(out, groups, generator=generator) - 1) * spread)
     zeros = torch.randint(0, most, (out, groups), generator=generator, dtype=torch.uint8)
     index = (torch.arange(wide) // group_size)[torch.randperm(wide, generator=generator)].int()
-    return QuantizedTensor(
-        codes, scales, None if symmetric else zeros, index if act_order else None, bits, activations
-    )
+    return QuantizedTensor(codes, scales, None if symmetric else zeros, index if act_order else None, bits, activations)
 
 
 def activations(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
