@@ -2,16 +2,19 @@
 
 To second order, the divergence between the model and one whose weights W of one layer have become W + D is
 
-    KL(token) ≈ ½ E[(vᵀ J D x)²]
+    Σ KL(token) ≈ ½ E[(Σ gᵀ D x)²],   g = Jᵀ v
 
-where x is the layer's input, J the derivative of the logits with respect to the layer's output, and v a random vector
-with the covariance diag(p) − p pᵀ of the predicted probabilities p, which is the Fisher information of the logits
-(Martens 2014, "New insights and perspectives on the natural gradient method", arXiv:1412.1193). Jᵀv is what a backward
-pass gives that starts with v. So one forward and one backward pass serve every layer and every scheme, and a scheme
-costs one product of the inputs with D.
+over the tokens of a text, where x is the layer's input, J the derivative of all logits with respect to the layer's
+output at that token, and v a random vector with the covariance diag(p) − p pᵀ of the predicted probabilities p, which
+is the Fisher information of the logits (Martens 2014, "New insights and perspectives on the natural gradient method",
+arXiv:1412.1193). A backward pass that starts with v gives g. So one forward and one backward pass serve every layer and
+every scheme, and a scheme costs one product of the inputs with D.
+
+One random v a text would make a noisy estimate. But rounding moves one output of a layer independently of the next, so
+that the square of their sum is on average the sum of their squares: a layer with a thousand outputs is a thousand
+samples.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,18 +35,18 @@ from llmopt.weights.quantized import QuantizedTensor, Weight
 from llmopt.weights.scheme import Scheme
 
 SAMPLES, LENGTH = 8, 256  # calibration samples that are looked at, and tokens of each
-OUTPUTS = 512  # rows of a matrix that are rounded to see what it does, at most
+OUTPUTS = 256  # rows of a matrix that are rounded to see what it does, at most
 SEARCH_STEPS = 5  # of the fit of a grid, which the methods search more finely
 VOCABULARY_AT_ONCE = 8192  # rows of the head that are in floating point together
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What passed through one group of linear layers, over all tokens.
+    """What passed through one group of linear layers.
 
     Attributes:
-        inputs: float32 [tokens, in].
-        gradients: float32 [tokens, out], Jᵀv.
+        inputs: float32 [samples, length, in].
+        gradients: float32 [samples, length, out], Jᵀv.
     """
 
     inputs: Tensor
@@ -93,12 +96,11 @@ def measure(
 def _loss(trace: Trace, weights: Mapping[str, Tensor], part: Part, scheme: Scheme) -> float:
     """The divergence in nats a token that a part's scheme costs.
 
-    Where a linear layer has many outputs, every so many stand for all: what happens to one is independent of what
-    happens to the next.
+    Where a linear layer has many outputs, every so many stand for all.
     """
-    importance = trace.inputs.square().mean(0)
-    effect = torch.zeros(len(trace.inputs))
-    outputs = trace.gradients.split([len(weights[f"{module}.weight"]) for module in LINEAR_GROUPS[part.group]], dim=1)
+    importance = trace.inputs.square().mean((0, 1))
+    outputs = trace.gradients.split([len(weights[f"{module}.weight"]) for module in LINEAR_GROUPS[part.group]], dim=2)
+    total = 0.0
     for module, gradients in zip(LINEAR_GROUPS[part.group], outputs, strict=True):
         if module not in part.modules:
             continue
@@ -107,9 +109,9 @@ def _loss(trace: Trace, weights: Mapping[str, Tensor], part: Part, scheme: Schem
         rows = grouped(weight[some], scheme)
         grid = fit_grid(rows, scheme, importance.reshape(rows.shape[1:]), SEARCH_STEPS)
         change = (grid.values(grid.numbers(rows)) - rows).flatten(1)
-        stands_for = (len(weight) / len(change)) ** 0.5
-        effect += ((trace.inputs @ change.T) * gradients[:, some]).sum(1) * stands_for
-    return float(effect.square().mean() / 2)
+        effects = (trace.inputs @ change.T).mul_(gradients[..., some]).sum(1)
+        total += float(effects.square().sum()) * len(weight) / len(change)
+    return total / trace.inputs.shape[:2].numel() / 2
 
 
 def _trace(
@@ -117,22 +119,20 @@ def _trace(
 ) -> tuple[dict[str, Trace], Tensor]:
     """A layer forwards and backwards: what passes through its linear layers, and the gradient at its input.
 
-    `hidden`, its input, and `gradient`, that at its output, are [samples, length, hidden]; one sample is in work at a
-    time.
+    `hidden`, its input, and `gradient`, that at its output, are [samples, length, hidden].
     """
     watched = {group: _Watched(getattr(layer, group)) for group in LINEAR_GROUPS}
     for group, linear in watched.items():
         setattr(layer, group, linear)
-    earlier, inputs, gradients = [], defaultdict(list), defaultdict(list)
-    for x, at_output in zip(hidden.split(1), gradient.split(1), strict=True):
-        x = x.clone().requires_grad_()
-        outputs = sweep.run(layer, x)
-        at_input, *at_linears = torch.autograd.grad(outputs, [x, *(w.output for w in watched.values())], at_output)
-        earlier.append(at_input)
-        for group, found in zip(watched, at_linears, strict=True):
-            inputs[group].append(watched[group].input)
-            gradients[group].append(found)
-    return {g: Trace(torch.cat(inputs[g]).cpu(), torch.cat(gradients[g]).cpu()) for g in watched}, torch.cat(earlier)
+    hidden = hidden.clone().requires_grad_()
+    output = sweep.run(layer, hidden)
+    earlier, *found = torch.autograd.grad(output, [hidden, *(w.output for w in watched.values())], gradient)
+    each = hidden.shape[:2]
+    traces = {
+        group: Trace(linear.input.cpu().unflatten(0, each), at.cpu().unflatten(0, each))
+        for (group, linear), at in zip(watched.items(), found, strict=True)
+    }
+    return traces, earlier
 
 
 class _Watched(Linear):
