@@ -209,7 +209,7 @@ class _Choosing:
                 return rounding + own + (ratios + 1) * once
             case "smoothquant":
                 tries = len(smoothquant.STRENGTHS) + 1
-                products = tries * 2 * smoothquant.KEEP_ROWS * weights / self.rates.exact
+                products = tries * 2 * 2 * smoothquant.KEEP_ROWS * weights / self.rates.exact
                 return weights * (tries * self._timed("once", scheme) + self._timed("search", scheme)) + products
         searched = self.recipe.calibration is not None
         return weights * self._timed("search" if searched else "once", scheme)

@@ -166,5 +166,7 @@ def test_the_plan_for_a_real_model(smollm2: str, tmp_path: Path) -> None:
     plan = make_plan(asked)
     assert plan.parameters == 134_515_008
     assert plan.exports[0].size_bytes == 114_523_776
-    assert 0.5e9 < sum(plan.memory.values()) < 0.9e9
+    # What this process holds already depends on which tests ran before this one; the rest is the model's.
+    own = {part: size for part, size in plan.memory.items() if part != "Python, torch and the tokenizer"}
+    assert 0.2e9 < sum(own.values()) < 0.5e9
     assert max(plan.seconds, key=lambda phase: plan.seconds[phase]) in ("choose codes", "observe")
