@@ -33,23 +33,21 @@ Result = tuple[bool, str]
 
 
 def main() -> None:
-    name, artifact, text, output = sys.argv[1:]
+    name, *paths = sys.argv[1:]
+    artifact, text, output = (Path(path).resolve() for path in paths)
     cell = next(cell for cell in CELLS if cell.name == name)
     with tempfile.TemporaryDirectory() as scratch:
-        passed, detail = CHECKS[cell.peer](cell, Path(artifact), Path(text), Path(scratch))
-    Path(output).write_text(json.dumps({"pass": passed, "detail": detail}), "utf-8")
+        passed, detail = CHECKS[cell.peer](cell, artifact, text, Path(scratch))
+    output.write_text(json.dumps({"pass": passed, "detail": detail}), "utf-8")
 
 
 def run_peer(cell: Cell, script: str, *arguments: Path) -> None:
-    """Run a script in the peer's environment; what it says goes to our standard error."""
-    command = [
-        str(python(cell.environment)),
-        "-W",
-        "ignore",
-        str(HERE / "peers" / f"{script}.py"),
-        *map(str, arguments),
-    ]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    """Run a script in the peer's environment. What it says last, where it fails, is this process's last word too."""
+    path = str(HERE / "peers" / f"{script}.py")
+    command = [str(python(cell.environment)), "-W", "ignore", path, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode != 0:
+        sys.exit(done.stdout)
 
 
 def sequences_of(artifact: Path, text: Path) -> list[list[int]]:

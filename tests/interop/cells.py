@@ -71,4 +71,11 @@ KNOWN_FAULTS = {
         "CPUWNA16LinearKernel cannot implement",
         "vLLM's CPU build has a kernel for weights of 4 bits only; its GPU builds have one for 8",
     ),
+    Cell("vllm", "compressed-tensors", "nvfp4"): KnownFault(
+        "MarlinNvFp4LinearKernel is not supported", "vLLM's CPU build has no kernel for FP4; its GPU builds have"
+    ),
+    Cell("vllm", "compressed-tensors", "mxfp4"): KnownFault(
+        "Failed to find a kernel that can implement the MXFP4 linear layer",
+        "vLLM's CPU build has no kernel for FP4; its GPU builds have",
+    ),
 }

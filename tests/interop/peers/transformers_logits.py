@@ -19,6 +19,10 @@ def main() -> None:
     artifact, tokens, output = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32).eval()
     with torch.inference_mode():
+        # Weights of FP4 become bfloat16 at their first use, whatever dtype was asked for; model.float() is refused.
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.tensor([[0]]))
+        torch.nn.Module.float(model)
         rows = [
             model(torch.tensor([ids])).logits[0].float().numpy() for ids in json.loads(Path(tokens).read_text("utf-8"))
         ]
