@@ -7,6 +7,8 @@
 #include <new>
 #include <utility>
 
+#include "arena.h"
+
 namespace llmopt {
 
 template <class Element>
@@ -14,6 +16,10 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) : size_(size) {
+    if (large()) {
+      data_ = static_cast<Element*>(arena_allocate(bytes()));
+      return;
+    }
     data_ = static_cast<Element*>(::operator new(bytes(), std::align_val_t{kAlignment}));
     std::memset(data_, 0, bytes());
   }
@@ -22,7 +28,13 @@ class Buffer {
     swap(other);
     return *this;
   }
-  ~Buffer() { ::operator delete(data_, std::align_val_t{kAlignment}); }
+  ~Buffer() {
+    if (large()) {
+      arena_free(data_);
+    } else {
+      ::operator delete(data_, std::align_val_t{kAlignment});
+    }
+  }
 
   Element* data() { return data_; }
   const Element* data() const { return data_; }
@@ -31,7 +43,9 @@ class Buffer {
   Element& operator[](int64_t i) { return data_[i]; }
 
  private:
-  static constexpr size_t kAlignment = 64;
+  static constexpr size_t kAlignment = 64, kLarge = 1 << 12;
+
+  bool large() const { return bytes() >= kLarge; }
 
   void swap(Buffer& other) noexcept {
     std::swap(data_, other.data_);

@@ -6,9 +6,10 @@
 
 namespace llmopt {
 
-// Items are handed out one by one from a counter, so a thread whose core was taken away delays only the item it
-// holds. Idle threads spin for some tens of microseconds and then sleep: long enough to bridge the gap between two
-// layers, too short to take a core from another process. The calling thread works too.
+// Items are handed out one by one from a counter, and a job has ended when its items have: a thread whose core was
+// taken away delays only the item it holds, and nobody waits for a thread that holds none. Idle threads spin for about
+// a tenth of a millisecond and then sleep: long enough to bridge the gap between two stages of a layer, too short to
+// take a core from another process. The calling thread works too.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
@@ -23,18 +24,17 @@ class ThreadPool {
   template <class Body>
   void run(int64_t items, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
-    run_task({[](void* context, int64_t item) { (*static_cast<Plain*>(context))(item); }, &body, items});
+    run_task({[](void* context, int64_t item) { (*static_cast<Plain*>(context))(item); }, &body}, items);
   }
 
  private:
   struct Task {
     void (*call)(void* context, int64_t item);
     void* context;
-    int64_t items;
   };
   struct Shared;
 
-  void run_task(Task task);
+  void run_task(Task task, int64_t items);
 
   int threads_;
   int64_t owner_;  // the process that started the threads
