@@ -1,0 +1,33 @@
+// A weight in 16-bit floating point, and rows that meet it.
+#pragma once
+
+#include <cstdint>
+
+namespace llmopt {
+
+// [out, in] in tiles of 16 outputs; one of the two is null.
+struct DenseView {
+  const uint32_t* pairs;   // bfloat16 [tiles][in / 2][16][2]
+  const uint16_t* halves;  // float16 [tiles][in][16]
+  const float* bias;       // [tiles][16], or null
+  int64_t out, in;
+};
+
+// Rows in blocks, as Rounded has them; pairs of bfloat16 for a bfloat16 weight, else floats.
+struct DenseRows {
+  uint32_t* pairs;  // [blocks][in / 2][block_rows]
+  float* values;    // [blocks][in][block_rows]
+  int64_t rows, in, block_rows;
+  int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }
+};
+
+struct DenseKernels {
+  // bfloat16 or float16 to float32.
+  void (*widen)(const uint16_t* from, bool bfloat16, int64_t count, float* to);
+  // Lays out the rows of one block, normed where the input says so; `scratch` holds in floats.
+  void (*arrange_block)(const struct RoundingInput&, const DenseRows&, int64_t block, float* scratch);
+  // One tile times one block: out [rows of the block][16], without the bias.
+  void (*tile)(const DenseView&, int64_t tile, const DenseRows&, int64_t block, float* out);
+};
+
+}  // namespace llmopt

@@ -1,0 +1,327 @@
+// The integer kernels, written once in the compiler's vector types. Beyond vector_math.h they ask each instruction set
+// for
+//
+//   kBlockRows                rows whose sums stay in registers, for kTilesTogether tiles
+//   kTilesTogether            1 or 2
+//   dot_unsigned(sum, w, x)   sum + four unsigned codes of w times four signed ones of x (one word), lane by lane;
+//   half_to_float(from)       kLanes float16 at an address
+//
+// The order of floating-point additions is that of the inputs, whatever the number of rows: a row's result does not
+// depend on its neighbours.
+
+#include "integer.h"
+
+namespace llmopt {
+namespace {
+
+inline Floats numbers_at(const GroupNumbers& numbers, int64_t tile, int64_t groups, int64_t group, int part) {
+  const int64_t at = (tile * groups + group) * kTile + part * kLanes;
+  if (numbers.halves) return half_to_float(numbers.halves + at);
+  if (numbers.floats) return load<Floats>(numbers.floats + at);
+  const Floats values = to_floats(__builtin_convertvector(load<SignedBytes>(numbers.bytes + at), Ints));
+  const int64_t shared = (tile * (groups / numbers.run) + group / numbers.run) * kTile + part * kLanes;
+  return values * load<Floats>(numbers.factors + shared);
+}
+
+// Unsigned bytes of four consecutive inputs: part(from, v) are the v-th four of those that words hold together.
+template <int kBits>
+struct Unpacked;
+
+template <>
+struct Unpacked<4> {
+  static constexpr int kWords = 1, kVectors = 2;
+  static Words part(const uint32_t* from, int v) { return (load<Words>(from) >> (4 * v)) & 0x0F0F0F0FU; }
+};
+
+template <>
+struct Unpacked<6> {
+  static constexpr int kWords = 3, kVectors = 4;
+  static Words part(const uint32_t* from, int v) {
+    const Words low = (load<Words>(from + v / 2 * kTile) >> (4 * (v % 2))) & 0x0F0F0F0FU,
+                high = load<Words>(from + 2 * kTile);
+    return low | ((v < 2 ? high << (4 - 2 * v) : high >> (2 * v - 4)) & 0x30303030U);
+  }
+};
+
+template <>
+struct Unpacked<8> {
+  static constexpr int kWords = 1, kVectors = 1;
+  static Words part(const uint32_t* from, int) { return load<Words>(from); }
+};
+
+// What a zero point or a minimum adds to every input; sums hold −8 Σ, hence the sign.
+inline Floats offset_at(const TileOf& own, int64_t group, int part, Floats scale) {
+  const IntegerView& weight = *own.weight;
+  if (!weight.zeros) return -numbers_at(weight.minimums, own.tile, weight.groups, group, part);
+  const int64_t at = (own.tile * weight.groups + group) * kTile + part * kLanes;
+  return scale * to_floats(__builtin_convertvector(load<Bytes>(weight.zeros + at), Ints));
+}
+
+constexpr int64_t kAhead = 1024;  // words: the memory's latency, at the speed at which one row reads it
+
+// kTiles tiles, of one weight or of two of the same kind, times the first kRows rows of a block. Several tiles at once
+// halve what is loaded of x for each product.
+template <int kBits, int kTiles, int kRows>
+struct TileProduct {
+  using Unpack = Unpacked<kBits>;
+  static constexpr int kVectors = kTiles * kParts;
+  static constexpr bool kFew = kRows * kVectors <= 4;                       // sums that would wait for each other
+  static constexpr int kMiddleShift = kBits == 4 ? 0 : kBits == 6 ? 2 : 4;  // sums hold −8 Σ, a middle is 8, 32 or 128
+  typedef Ints Sums[kVectors][kRows];
+
+  const IntegerView& weight;  // the first, for all that they have in common
+  const uint32_t* words[kTiles];
+  const uint32_t* codes;
+  int64_t stride;
+
+  // The next inputs, as many as words hold.
+  inline __attribute__((always_inline)) void take(Sums& sum) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Unpack::kVectors; ++v) {
+#pragma GCC unroll 4
+      for (int column = 0; column < kVectors; ++column) {
+        const uint32_t* from = words[column / kParts] + column % kParts * kLanes;
+        if constexpr (kRows <= 2) {
+          if (v == 0) __builtin_prefetch(from + kAhead);
+        }
+        const Words bytes = Unpack::part(from, v);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+          sum[column][row] = dot_unsigned<kBits>(sum[column][row], bytes, codes[v * stride + row]);
+        }
+      }
+    }
+    for (int tile = 0; tile < kTiles; ++tile) words[tile] += Unpack::kWords * kTile;
+    codes += Unpack::kVectors * stride;
+  }
+
+  // One step's sums, from what the zero point of a symmetric weight takes away on.
+  inline __attribute__((always_inline)) void step(Sums& sum, const int32_t* row_sums, bool symmetric, int64_t parts) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const Ints start = Ints{} + (symmetric ? row_sums[row] << kMiddleShift : 0);
+#pragma GCC unroll 4
+      for (int column = 0; column < kVectors; ++column) sum[column][row] = start;
+    }
+    if constexpr (kFew) {  // whole numbers add up in any order
+      Sums other = {};
+      for (; parts >= 2; parts -= 2) {
+        take(sum);
+        take(other);
+      }
+      for (int column = 0; column < kVectors; ++column) {
+        for (int row = 0; row < kRows; ++row) sum[column][row] += other[column][row];
+      }
+    }
+    for (; parts > 0; --parts) take(sum);
+  }
+};
+
+template <int kBits, int kTiles, int kRows>
+void integer_tiles(const TileOf* tiles, const Rounded& x, int64_t block, float* out) {
+  using Product = TileProduct<kBits, kTiles, kRows>;
+  using Unpack = typename Product::Unpack;
+  const IntegerView& weight = *tiles[0].weight;
+  const bool symmetric = !weight.zeros && !weight.minimums.present();
+  const int64_t group_steps = weight.steps / weight.groups, stride = x.block_rows;
+  const int64_t parts = weight.in / weight.steps / (4 * Unpack::kVectors);
+  Product product{weight, {}, x.codes + block * (weight.in / 4) * stride, stride};
+  for (int t = 0; t < kTiles; ++t) {
+    product.words[t] =
+        tiles[t].weight->words + tiles[t].tile * (weight.in / (4 * Unpack::kVectors)) * Unpack::kWords * kTile;
+  }
+  const float* row_scales = x.scales + block * weight.steps * stride;
+  const int32_t* row_sums = x.sums + block * weight.steps * stride;
+  Floats total[Product::kVectors][kRows] = {};
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    Floats scale[Product::kVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < Product::kVectors; ++c) {
+      const TileOf& own = tiles[c / kParts];
+      scale[c] = numbers_at(own.weight->scales, own.tile, weight.groups, group, c % kParts);
+    }
+    for (int64_t step = 0; step < group_steps; ++step, row_scales += stride, row_sums += stride) {
+      typename Product::Sums sum;
+      product.step(sum, row_sums, symmetric, parts);
+#pragma GCC unroll 4
+      for (int c = 0; c < Product::kVectors; ++c) {
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) total[c][row] += to_floats(sum[c][row]) * (scale[c] * row_scales[row]);
+      }
+      if (symmetric) continue;
+#pragma GCC unroll 4
+      for (int c = 0; c < Product::kVectors; ++c) {
+        const Floats offset = offset_at(tiles[c / kParts], group, c % kParts, scale[c]);
+        for (int row = 0; row < kRows; ++row) {
+          total[c][row] += offset * (0.125F * static_cast<float>(row_sums[row]) * row_scales[row]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < Product::kVectors; ++c) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      store(out + ((c / kParts) * kRows + row) * kTile + c % kParts * kLanes, total[c][row], kLanes);
+    }
+  }
+}
+
+template <int kBits, int kTiles, int kRows = kBlockRows>
+void integer_rows(const TileOf* tiles, const Rounded& x, int64_t block, int64_t rows, float* out) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return integer_rows<kBits, kTiles, kRows - 1>(tiles, x, block, rows, out);
+  }
+  integer_tiles<kBits, kTiles, kRows>(tiles, x, block, out);
+}
+
+template <int kBits>
+void integer_count(const TileOf* tiles, int64_t count, const Rounded& x, int64_t block, int64_t rows, float* out) {
+  if constexpr (kTilesTogether > 1) {
+    if (count == kTilesTogether) return integer_rows<kBits, kTilesTogether>(tiles, x, block, rows, out);
+  }
+  for (int64_t t = 0; t < count; ++t) integer_rows<kBits, 1>(tiles + t, x, block, rows, out + t * rows * kTile);
+}
+
+void integer_any(const TileOf* tiles, int64_t count, const Rounded& x, int64_t block, float* out) {
+  const int64_t left = x.rows - block * x.block_rows, rows = left < x.block_rows ? left : x.block_rows;
+  const int bits = tiles[0].weight->bits;
+  if (bits == 4) return integer_count<4>(tiles, count, x, block, rows, out);
+  if (bits == 6) return integer_count<6>(tiles, count, x, block, rows, out);
+  integer_count<8>(tiles, count, x, block, rows, out);
+}
+
+inline float inverse_rms(const float* x, int64_t width, float eps) {
+  Floats squares{};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Floats value = load_some(x + i, width - i);
+    squares += value * value;
+  }
+  return 1.0F / __builtin_sqrtf(sum_of(squares) / static_cast<float>(width) + eps);
+}
+
+void norm_row(const float* x, const float* norm, float eps, int64_t width, float* y) {
+  const float inverse = inverse_rms(x, width, eps);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    store(y + i, load_some(x + i, width - i) * inverse * load_some(norm + i, width - i), width - i);
+  }
+}
+
+// One row as the weight wants to meet it: normed, in its order.
+inline const float* arrange_row(const RoundingInput& input, const float* x, int64_t in, float* scratch) {
+  if (!input.norm && !input.order) return x;
+  const float inverse = input.norm ? inverse_rms(x, input.width, input.eps) : 1.0F;
+  if (!input.order) {
+    for (int64_t i = 0; i < in; i += kLanes) {
+      store(scratch + i, load_some(x + i, in - i) * inverse * load_some(input.norm + i, in - i), in - i);
+    }
+    return scratch;
+  }
+  for (int64_t i = 0; i < in; ++i) {
+    const int32_t from = input.order[i];
+    scratch[i] = from < 0 ? 0.0F : input.norm ? x[from] * inverse * input.norm[from] : x[from];
+  }
+  return scratch;
+}
+
+// Four codes to a word; the words of one row stand `stride` apart.
+inline void store_codes(Ints codes, int64_t count, uint32_t* to, int64_t stride) {
+  const SignedBytes narrow = __builtin_convertvector(codes, SignedBytes);
+  uint32_t words[kLanes / 4];
+  std::memcpy(words, &narrow, sizeof words);
+#pragma GCC unroll 4
+  for (int64_t word = 0; word < kLanes / 4; ++word) {
+    if (4 * word < count) to[word * stride] = words[word];
+  }
+}
+
+// A step of one row: codes absmax / 127, halves to even. The bits of magnitudes order as the magnitudes do, with NaN
+// above all: a step that holds one becomes NaN as a whole, and its scale tells.
+inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t stride, float* scale, int32_t* sum) {
+  Ints most{}, total{};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) most = larger(most, load<Ints>(x + i) & 0x7FFFFFFF);
+  if (whole < count) most = larger(most, reinterpret_cast<Ints>(load_some(x + whole, count - whole)) & 0x7FFFFFFF);
+  const int32_t bits = largest_lane(most);
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  const bool nothing = largest < 1e-30F;  // its inverse might be infinite, and what it scales is as good as zero
+  const float inverse = nothing ? 0.0F : 127.0F / largest;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Ints code = reinterpret_cast<Ints>(load<Floats>(x + i) * inverse + kRounder) - 0x4B400000;
+    total += code;
+    store_codes(code, kLanes, codes + i / 4 * stride, stride);
+  }
+  if (whole < count) {
+    const Ints code = reinterpret_cast<Ints>(load_some(x + whole, count - whole) * inverse + kRounder) - 0x4B400000;
+    total += code;
+    store_codes(code, count - whole, codes + whole / 4 * stride, stride);
+  }
+  *scale = nothing ? 1.0F : largest / 127.0F;
+  *sum = -8 * sum_of(total);
+}
+
+void round_block(const RoundingInput& input, const Rounded& to, int64_t block, float* scratch) {
+  const int64_t rows = to.block_rows, step_inputs = to.in / to.steps;
+  for (int64_t r = 0; r < rows && block * rows + r < to.rows; ++r) {
+    const float* x = arrange_row(input, input.x + (block * rows + r) * input.x_stride, to.in, scratch);
+    for (int64_t step = 0; step < to.steps; ++step) {
+      const int64_t at = (block * to.steps + step) * rows + r;
+      round_step(x + step * step_inputs, step_inputs, to.codes + (block * to.in + step * step_inputs) / 4 * rows + r,
+                 rows, to.scales + at, to.sums + at);
+    }
+  }
+}
+
+void write_tile(const float* tile, const float* bias, float* y, int64_t y_stride, int64_t rows, int64_t count,
+                bool add) {
+  for (int64_t row = 0; row < rows; ++row, y += y_stride, tile += kTile) {
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = part * kLanes;
+      Floats value = load<Floats>(tile + at);
+      if (bias) value += load<Floats>(bias + at);
+      if (add) value += load_some(y + at, count - at);
+      store(y + at, value, count - at);
+    }
+  }
+}
+
+void write_silu(const float* gate, const float* gate_bias, const float* up, const float* up_bias, float* y,
+                int64_t y_stride, int64_t rows, int64_t count) {
+  for (int64_t row = 0; row < rows; ++row, y += y_stride, gate += kTile, up += kTile) {
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = part * kLanes;
+      Floats g = load<Floats>(gate + at), u = load<Floats>(up + at);
+      if (gate_bias) g += load<Floats>(gate_bias + at);
+      if (up_bias) u += load<Floats>(up_bias + at);
+      store(y + at, g / (exponential(-g) + 1.0F) * u, count - at);
+    }
+  }
+}
+
+// Products of bytes as fast as they go, with nothing to load: the limit that `integer_tile` is measured against. The
+// empty statements keep the compiler from working out beforehand what becomes of x.
+int64_t peak(int64_t rounds) {
+  constexpr int kSums = 12;
+  Ints sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = Ints{} + i;  // all different, or one would stand for all
+  uint32_t x = 0x01010101U;
+  for (int64_t round = 0; round < rounds; ++round) {
+    asm volatile("" : "+r"(x));
+    const Words codes = Words{} + x;
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) sums[i] = dot_unsigned<4>(sums[i], codes, x);
+  }
+#pragma GCC unroll 12
+  for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
+  int32_t total = sums[0][0];
+  asm volatile("" : "+r"(total));
+  return rounds * kSums * kLanes * 4 * 2;
+}
+
+constexpr IntegerKernels make_integer_kernels() {
+  return {kBlockRows, kTilesTogether, round_block, integer_any, write_tile, write_silu, norm_row, peak};
+}
+
+}  // namespace
+}  // namespace llmopt

@@ -1,0 +1,107 @@
+// A linear operation of the decoder: weights whose outputs lie side by side, each in one of the packed layouts.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "dense.h"
+#include "kernels.h"
+#include "rounded.h"
+
+namespace llmopt {
+
+// A weight in 16-bit floating point, packed.
+class DenseWeight {
+ public:
+  // values [out][in] are bfloat16 or float16 bits; bias [out] or null. For bfloat16 `in` must be even.
+  DenseWeight(const uint16_t* values, bool bfloat16, const float* bias, int64_t out, int64_t in);
+
+  const DenseView& view() const { return view_; }
+  int64_t out() const { return view_.out; }
+  int64_t in() const { return view_.in; }
+  int64_t tiles() const { return (view_.out + kTile - 1) / kTile; }
+  int64_t bytes() const { return static_cast<int64_t>(values_.bytes() + bias_.bytes()); }
+
+ private:
+  DenseView view_{};
+  Buffer<uint16_t> values_;
+  Buffer<float> bias_;
+};
+
+// One of the two.
+struct Part {
+  const IntegerWeight* integer;
+  const DenseWeight* dense;
+  int64_t out() const { return integer ? integer->out() : dense->out(); }
+  int64_t in() const { return integer ? integer->in() : dense->in(); }
+  int64_t tiles() const { return integer ? integer->tiles() : dense->tiles(); }
+};
+
+// Activations laid out for a part, in memory that is kept from call to call.
+class Activations {
+ public:
+  // `input.order` is the part's own. Does nothing where what is there was made for an equal part and `again` is false.
+  void fill(ThreadPool& pool, const Kernels& kernels, const Part& part, RoundingInput input, int64_t rows);
+  // Tiles first .. first + count - 1 of the part times one block: out [count][rows_in(block)][16], without the bias.
+  void multiply(const Kernels& kernels, const Part& part, int64_t first, int64_t count, int64_t block,
+                float* out) const;
+  // The same tile of two parts that same_kind(): out [2][rows_in(block)][16].
+  void multiply_two(const Kernels& kernels, const Part& one, const Part& other, int64_t tile, int64_t block,
+                    float* out) const;
+  // Whether what was made for one part serves another.
+  static bool same(const Part& a, const Part& b);
+  // Whether two parts that it serves differ only in their numbers.
+  static bool same_kind(const Part& a, const Part& b);
+
+  int64_t blocks() const { return (rows_ + block_rows_ - 1) / block_rows_; }
+  int64_t block_rows() const { return block_rows_; }
+  int64_t rows_in(int64_t block) const;
+
+ private:
+  int64_t rows_ = 0, block_rows_ = 1;
+  RoundedRows rounded_;
+  DenseRows dense_{};
+  Buffer<uint32_t> pairs_;
+  Buffer<float> values_;
+};
+
+// Where results go: y [rows][stride], in place of what is there or in addition to it.
+struct Destination {
+  float* y;
+  int64_t stride;
+  bool add;
+};
+
+class Linear {
+ public:
+  explicit Linear(std::vector<Part> parts);
+
+  int64_t out() const { return out_; }
+  int64_t in() const { return parts_[0].in(); }
+  const std::vector<Part>& parts() const { return parts_; }
+
+  // y = x · weights + biases for the rows of `input`.
+  void run(ThreadPool& pool, const Kernels& kernels, Activations& scratch, const RoundingInput& input, int64_t rows,
+           Destination to) const;
+
+ private:
+  std::vector<Part> parts_;
+  int64_t out_ = 0;
+};
+
+// gate and up of an MLP: y = silu(x · gate) · (x · up).
+class GatedLinear {
+ public:
+  GatedLinear(Part gate, Part up) : gate_(gate), up_(up) {}
+
+  int64_t out() const { return gate_.out(); }
+  int64_t in() const { return gate_.in(); }
+
+  void run(ThreadPool& pool, const Kernels& kernels, Activations& scratch, Activations& other,
+           const RoundingInput& input, int64_t rows, Destination to) const;
+
+ private:
+  Part gate_, up_;
+};
+
+}  // namespace llmopt
