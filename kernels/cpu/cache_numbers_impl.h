@@ -1,0 +1,126 @@
+// The numbers of a paged cache: rounding to them, expanding them, and the pairs of 16 bits that are multiplied. Included
+// as kernels_impl.h is.
+//
+// A cache of bfloat16 or fp8 meets queries and weights of bfloat16, its sums are float32. A cache of int8 meets queries
+// and weights of 16-bit integers, each row of them with a scale of its own, and its sums are exact.
+
+namespace llmopt {
+namespace {
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+// How a vector of pairs is read and multiplied. The lower half of a word is its first number.
+struct Bfloat16Pairs {
+  typedef Floats Sum;
+  static constexpr int64_t kBytes = 4;  // of a pair where it is read
+  static Words read(const char* at) { return load<Words>(at); }
+  static Sum dot(Sum sum, Words a, Words b) { return dot_bfloat16(sum, a, b); }
+  static Floats floats(Sum sum) { return sum; }
+};
+
+struct Int8Pairs {
+  typedef Ints Sum;  // of at most 256 products of 16 by 8 bits
+  static constexpr int64_t kBytes = 2;
+  static Words read(const char* at) { return widen_int8(at); }
+  static Sum dot(Sum sum, Words a, Words b) { return dot_int16(sum, a, b); }
+  static Floats floats(Sum sum) { return __builtin_convertvector(sum, Floats); }
+};
+
+inline Ints lane_numbers() {
+  Ints lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
+template <class Vector>
+inline Vector larger(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+
+template <class Vector>
+inline auto largest_of(Vector value) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    value = larger(value, __builtin_shuffle(value, lane_numbers() ^ step));
+  }
+  return value[0];
+}
+
+// The bits of a magnitude, which grow with it. A NaN has more than any number, so that the largest of them shows it.
+inline Words magnitude_bits(Floats value) { return reinterpret_cast<Words>(value) & 0x7fffffff; }
+
+inline float largest_magnitude(const float* x, int64_t count) {
+  Words largest{};
+  for (int64_t i = 0; i < count; i += kLanes) largest = larger(magnitude_bits(load<Floats>(x + i)), largest);
+  const uint32_t bits = largest_of(largest);
+  float magnitude;
+  std::memcpy(&magnitude, &bits, sizeof magnitude);
+  return magnitude;
+}
+
+// The nearest integers, halves to even: so large a number has no fraction left, and its lowest bits are the integer.
+inline Words rounded_bits(Floats value) { return reinterpret_cast<Words>(value + 0x1.8p23F); }
+
+inline void store_bytes(void* to, Words codes) {
+  const Bytes bytes = __builtin_convertvector(codes, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
+inline void store_halves(void* to, Words codes) {
+  const Halves halves = __builtin_convertvector(codes, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+inline void encode_bfloat16(const float* x, int64_t count, void* codes) {
+  for (int64_t i = 0; i < count; i += kLanes) store_bfloat16(static_cast<uint16_t*>(codes) + i, load<Floats>(x + i));
+}
+
+// Rounds to signed codes and returns the scale: the largest magnitude / 127.
+inline float encode_int8(const float* x, int64_t count, uint8_t* codes) {
+  const float largest = largest_magnitude(x, count), scale = largest == 0 ? 1.0F : largest / 127.0F;
+  for (int64_t i = 0; i < count; i += kLanes) store_bytes(codes + i, rounded_bits(load<Floats>(x + i) / scale));
+  return scale;
+}
+
+// The same to 16 bits, where the scale is the largest magnitude / 32767. The codes may overwrite x.
+inline float encode_int16(const float* x, int64_t count, void* codes) {
+  const float largest = largest_magnitude(x, count), inverse = largest == 0 ? 0.0F : 32767.0F / largest;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store_halves(static_cast<uint16_t*>(codes) + i, rounded_bits(load<Floats>(x + i) * inverse));
+  }
+  return largest / 32767.0F;
+}
+
+// Rounds to e4m3, halves to even, the largest number (448) for all that are larger. The scale is always 1.
+inline float encode_fp8(const float* x, int64_t count, uint8_t* codes) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats value = load<Floats>(x + i), magnitude = reinterpret_cast<Floats>(magnitude_bits(value));
+    const Words bits = reinterpret_cast<Words>(magnitude < 448.0F ? magnitude : broadcast(448.0F));
+    // float32's exponent is 120 more, and its mantissa has 20 bits more.
+    const Words normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    // Below 2^-6 the step is 2^-9, which is the step of float32 beside 2^14.
+    const Words tiny = reinterpret_cast<Words>(magnitude + 0x1p14F) & 0xf;
+    Words code = magnitude < 0x1p-6F ? tiny : normal;
+    code = value == value ? code : Words{} + 0x7f;
+    store_bytes(codes + i, code | (reinterpret_cast<Words>(value) >> 24 & 0x80));
+  }
+  return 1.0F;
+}
+
+// Expands `count` pairs of fp8, a multiple of 16, to bfloat16, which holds every e4m3 number.
+inline void expand_fp8(const char* codes, int64_t count, char* to) {
+  typedef uint16_t Numbers __attribute__((vector_size(kVectorBytes)));
+  const Numbers table{0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Numbers code = reinterpret_cast<Numbers>(widen_uint8(codes + 2 * i)), magnitude = code & 0x7f;
+    // Seven bits moved to the place of bfloat16's exponent and mantissa lack 120 in the exponent. The numbers without
+    // a leading one, 0 to 7 times 2^-9, come from a table.
+    Numbers value = magnitude < 8 ? __builtin_shuffle(table, magnitude) : (magnitude << 4) + 0x3c00;
+    value = magnitude == 0x7f ? Numbers{} + 0x7fc0 : value;  // not a number
+    value |= (code & 0x80) << 8;
+    std::memcpy(to + 4 * i, &value, sizeof value);
+  }
+}
+
+}  // namespace
+}  // namespace llmopt
