@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kVectorBytes = 32;
 constexpr int kPanelRows = 6;
+constexpr int kAttentionRows = 3;
+constexpr int kAttentionColumns = 2;
 constexpr int kActivationOffset = 0;
 
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
@@ -20,6 +22,26 @@ inline Floats to_float(Words word, int j) {
   return __builtin_convertvector(reinterpret_cast<Ints>(word << (32 - kBits * (j + 1))) >> (32 - kBits), Floats);
 }
 
+constexpr int kBlockRows = 4, kTilesTogether = 1;
+
+inline Floats half_to_float(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+// Pairs of products fit 16 bits where codes have at most 7; 8-bit codes are widened first.
+template <int kBits>
+inline Ints dot_unsigned(Ints sum, Words w, uint32_t x) {
+  const __m256i words = reinterpret_cast<__m256i>(w), four = _mm256_set1_epi32(static_cast<int>(x));
+  if constexpr (kBits < 8) {
+    return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(_mm256_maddubs_epi16(words, four), _mm256_set1_epi16(1)));
+  } else {
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(words, 8), _mm256_srai_epi16(four, 8));
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xFF)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8));
+    return sum + reinterpret_cast<Ints>(odd) + reinterpret_cast<Ints>(even);
+  }
+}
+
 // Widened to 16 bits, because the instruction that multiplies bytes saturates its sums.
 inline Ints dot(Ints sum, uint32_t x, Words w) {
   const __m256i words = reinterpret_cast<__m256i>(w), four = _mm256_set1_epi32(static_cast<int>(x));
@@ -29,16 +51,32 @@ inline Ints dot(Ints sum, uint32_t x, Words w) {
   return sum + reinterpret_cast<Ints>(odd) + reinterpret_cast<Ints>(even);
 }
 
+// Consecutive 8-bit numbers as 16-bit ones, two in a word.
+inline Words widen_int8(const void* from) {
+  return reinterpret_cast<Words>(_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+}
+
+inline Words widen_uint8(const void* from) {
+  return reinterpret_cast<Words>(_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+}
+
+inline Ints dot_int16(Ints sum, Words a, Words b) {
+  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+
 }  // namespace
 }  // namespace llmopt
+
+#include "bfloat16.h"
 
 #include "kernels_impl.h"
 
 namespace llmopt {
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels kernels =
-      make_kernels("avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); });
+  static constexpr Kernels kernels = make_kernels("avx2", [] {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  });
   return &kernels;
 }
 

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kVectorBytes = 64;
 constexpr int kPanelRows = 12;
+constexpr int kAttentionRows = 6;
 
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
@@ -24,17 +25,60 @@ inline Floats to_float(Words word, int j) {
   }
 }
 
+constexpr int kBlockRows = 6, kTilesTogether = 2;
+
+inline Floats half_to_float(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// Consecutive 8-bit numbers as 16-bit ones, two in a word.
+inline Words widen_int8(const void* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+}
+
+inline Words widen_uint8(const void* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+}
+
 #if defined(__AVX512VNNI__)
+
+inline Ints dot_int16(Ints sum, Words a, Words b) {
+  return reinterpret_cast<Ints>(
+      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+
+template <int kBits>
+inline Ints dot_unsigned(Ints sum, Words w, uint32_t x) {
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w),
+                                                    _mm512_set1_epi32(static_cast<int>(x))));
+}
 
 constexpr int kActivationOffset = 128;  // vpdpbusd takes one operand unsigned
 
 inline Ints dot(Ints sum, uint32_t x, Words w) {
-  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum),
-                                                    _mm512_set1_epi32(static_cast<int>(x)),
-                                                    reinterpret_cast<__m512i>(w)));
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), _mm512_set1_epi32(static_cast<int>(x)), reinterpret_cast<__m512i>(w)));
 }
 
 #else
+
+inline Ints dot_int16(Ints sum, Words a, Words b) {
+  return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+
+// Pairs of products fit 16 bits where codes have at most 7; 8-bit codes are widened first.
+template <int kBits>
+inline Ints dot_unsigned(Ints sum, Words w, uint32_t x) {
+  const __m512i words = reinterpret_cast<__m512i>(w), four = _mm512_set1_epi32(static_cast<int>(x));
+  if constexpr (kBits < 8) {
+    return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(_mm512_maddubs_epi16(words, four), _mm512_set1_epi16(1)));
+  } else {
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(words, 8), _mm512_srai_epi16(four, 8));
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(words, _mm512_set1_epi16(0xFF)),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8));
+    return sum + reinterpret_cast<Ints>(odd) + reinterpret_cast<Ints>(even);
+  }
+}
 
 constexpr int kActivationOffset = 0;
 
@@ -54,7 +98,30 @@ inline bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+#if defined(__AVX512BF16__)
+
+constexpr int kAttentionColumns = 4;
+
+inline Floats dot_bfloat16(Floats sum, Words a, Words b) {
+  return reinterpret_cast<Floats>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+}
+
+inline void store_bfloat16(void* to, Floats value) {
+  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+#else
+
+constexpr int kAttentionColumns = 2;  // a pair of bfloat16 takes two registers here
+
+#endif
+
 }  // namespace
 }  // namespace llmopt
 
+#if !defined(__AVX512BF16__)
+#include "bfloat16.h"
+#endif
 #include "kernels_impl.h"

@@ -5,9 +5,12 @@
 
 #include <cstdint>
 
-namespace llmopt {
+#include "dense.h"
+#include "integer.h"
+#include "paged_cache.h"
+#include "sample_kernels.h"
 
-constexpr int kTile = 16;  // outputs that lie side by side
+namespace llmopt {
 
 // A packed weight, [out, in], as the kernels read it; see README.md for the layout. Arrays that may be absent are null.
 struct WeightView {
@@ -63,6 +66,12 @@ struct Kernels {
   // softmax(scale · query · keysᵀ) · values; `scores` holds heads * (last - first) floats. head_dim must be a multiple
   // of kTile.
   void (*attend)(const AttentionItem&, float* scores);
+
+  // Attention over a cache of bfloat16 or 8-bit numbers.
+  PagedKernels paged;
+  IntegerKernels integer;
+  DenseKernels dense;
+  SampleKernels sample;
 };
 
 // Null where the compiler could not build it.
@@ -70,5 +79,6 @@ const Kernels* plain_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_vnni_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace llmopt

@@ -10,35 +10,16 @@
 //
 // Everything is in the anonymous namespace: see kernels.h for why.
 
-#include <cstring>
+#include "vector_math.h"
+#include "integer_impl.h"
+#include "dense_impl.h"
 
 namespace llmopt {
 namespace {
 
-constexpr int kLanes = kVectorBytes / 4;
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-constexpr int kParts = kTile / kLanes;  // vectors across a tile
 constexpr int kPanelColumns = 2;
 constexpr int64_t kPanelTiles = kParts == 1 ? kPanelColumns : 1;
 constexpr int64_t kFusedRows = kParts == 1 ? 8 : 4;
-
-template <class Vector, class Element>
-inline Vector load(const Element* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline Floats broadcast(float value) { return Floats{} + value; }
-
-// Stores the first `count` lanes.
-inline void store(float* to, Floats value, int64_t count) {
-  if (count >= kLanes) {
-    std::memcpy(to, &value, sizeof value);
-  } else if (count > 0) {
-    std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
-  }
-}
 
 inline Floats bias_of(const WeightView& weight, int64_t output) {
   return weight.bias ? load<Floats>(weight.bias + output) : Floats{};
@@ -283,12 +264,6 @@ float round_row(const float* x, int64_t count, uint8_t* codes) {
   return scale;
 }
 
-inline float sum_of(Floats value) {
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
-  return total;
-}
-
 // Turns scores into exp(score - largest) and returns their sum.
 inline float exponentiate(float* scores, int64_t count) {
   float largest = scores[0], total = 0;
@@ -335,8 +310,21 @@ void attend(const AttentionItem& item, float* scores) {
   }
 }
 
+}  // namespace
+}  // namespace llmopt
+
+#include "cache_numbers_impl.h"
+#include "paged_attention_impl.h"
+#include "paged_store_impl.h"
+#include "sample_impl.h"
+
+namespace llmopt {
+namespace {
+
 constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
-  return {name, supported, kFusedRows, kPanelTiles, fused, panels, round_row, integers, attend};
+  return {name, supported, kFusedRows, kPanelTiles, fused, panels, round_row, integers, attend,
+          {rotate_and_store, attend_spans, merge_states, finish}, make_integer_kernels(), make_dense_kernels(),
+          make_sample_kernels()};
 }
 
 }  // namespace

@@ -1,99 +1,17 @@
-// The Python face of the kernels. llmopt/backend/cpu.py is its only caller.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// The Python module. llmopt/backend/ is its only caller.
+#include "module.h"
+
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <string>
-#include <vector>
 
-#include "attention.h"
-#include "multiply.h"
-
-namespace nb = nanobind;
+#include "multiplier.h"
 
 namespace llmopt {
 namespace {
-
-template <class Element, int kDimensions>
-using Array = nb::ndarray<const Element, nb::ndim<kDimensions>, nb::c_contig, nb::device::cpu>;
-
-// Those that this processor has, fastest first.
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> result;
-  for (const Kernels* kernels : {avx512_vnni_kernels(), avx512_kernels(), avx2_kernels(), plain_kernels()}) {
-    if (kernels && kernels->supported()) result.push_back(kernels);
-  }
-  return result;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
-  return names;
-}
-
-const Kernels& find_kernels(const std::string& name) {
-  for (const Kernels* kernels : available()) {
-    if (name == "auto" || name == kernels->name) return *kernels;
-  }
-  std::string known;
-  for (const std::string& one : instruction_sets()) known += ", " + one;
-  throw nb::value_error(("instruction set '" + name + "' is not here; this processor has: auto" + known).c_str());
-}
-
-void check(bool holds, const char* what) {
-  if (!holds) throw nb::value_error(what);
-}
-
-// The threads and the instruction set that work is done with.
-class Multiplier {
- public:
-  Multiplier(int threads, const std::string& instruction_set)
-      : kernels_(find_kernels(instruction_set)), pool_(checked(threads)) {}
-
-  int threads() const { return pool_.threads(); }
-  std::string instruction_set() const { return kernels_.name; }
-
-  // x and y are addresses of float32 rows: exchanging tensors costs more than a small product.
-  void multiply(const PackedWeight& weight, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t y,
-                int64_t y_stride) {
-    if (rows == 0 || weight.out() == 0) return;
-    llmopt::multiply(pool_, kernels_, weight,
-                     {reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), rows, x_stride, y_stride});
-  }
-
-  // Addresses of float32 queries and out [sequences, heads, head_dim], keys and values [blocks, block_size, kv_heads,
-  // head_dim], int32 tables [sequences, table_width] and contexts [sequences].
-  void attend(uintptr_t queries, uintptr_t out, uintptr_t keys, uintptr_t values, uintptr_t tables, uintptr_t contexts,
-              int64_t sequences, int64_t table_width, int64_t heads, int64_t kv_heads, int64_t head_dim,
-              int64_t block_size, int64_t window, float scale) {
-    check(head_dim % kTile == 0 && kv_heads > 0 && heads % kv_heads == 0,
-          "the head size must be a multiple of 16, and key heads must divide heads");
-    llmopt::attend(pool_, kernels_,
-                   {reinterpret_cast<const float*>(queries), reinterpret_cast<float*>(out),
-                    reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values),
-                    reinterpret_cast<const int32_t*>(tables), reinterpret_cast<const int32_t*>(contexts), sequences,
-                    table_width, heads, kv_heads, head_dim, block_size, window, scale});
-  }
-
- private:
-  static int checked(int threads) {
-    check(threads >= 1, "threads must be at least 1");
-    return threads;
-  }
-
-  const Kernels& kernels_;
-  ThreadPool pool_;
-};
-
-void check_order(const Array<int32_t, 1>& order, int64_t in) {
-  for (size_t i = 0; i < order.shape(0); ++i) {
-    check(order(i) >= -1 && order(i) < in, "order names an input that is not there");
-  }
-}
 
 void pack(PackedWeight* self, Array<uint8_t, 2> codes, Array<float, 2> scales, std::optional<Array<uint8_t, 2>> zeros,
           std::optional<Array<float, 1>> bias, std::optional<Array<int32_t, 1>> order, int bits,
@@ -117,10 +35,11 @@ void pack(PackedWeight* self, Array<uint8_t, 2> codes, Array<float, 2> scales, s
 }  // namespace llmopt
 
 NB_MODULE(_cpu, m) {
+  namespace nb = nanobind;
   using llmopt::Multiplier;
   using llmopt::PackedWeight;
   nb::set_leak_warnings(false);  // what a caller's module still holds when Python ends is no leak
-  m.doc() = "Compiled products of activations and packed quantized weights, and attention over the paged cache.";
+  m.doc() = "Compiled products of activations and packed quantized weights, attention over a paged cache, sampling.";
   m.def("instruction_sets", &llmopt::instruction_sets, "Names of those that this processor has, fastest first.");
 
   nb::class_<PackedWeight>(m, "PackedWeight", "A quantized weight [out, in] in the layout of the kernels.")
@@ -130,16 +49,31 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("in_features", &PackedWeight::in)
       .def_prop_ro("nbytes", &PackedWeight::bytes);
 
-  nb::class_<Multiplier>(m, "Multiplier", "Threads and an instruction set; the calling thread is one of the threads.")
-      .def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("instruction_set") = "auto")
+  llmopt::bind_paged_types(m);
+
+  llmopt::bind_decoder(m);
+
+  nb::class_<Multiplier> multiplier(m, "Multiplier",
+                                    "Threads and an instruction set; the calling thread is one of the threads.");
+  multiplier.def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("instruction_set") = "auto")
       .def_prop_ro("threads", &Multiplier::threads)
       .def_prop_ro("instruction_set", &Multiplier::instruction_set)
       .def("multiply", &Multiplier::multiply, nb::arg("weight"), nb::arg("x"), nb::arg("x_stride"), nb::arg("rows"),
            nb::arg("y"), nb::arg("y_stride"), nb::call_guard<nb::gil_scoped_release>(),
            "y = x · weight + bias; x and y are addresses of float32 rows, strides count floats.")
+      .def("peak_int8_ops", &Multiplier::peak_int8_ops, nb::call_guard<nb::gil_scoped_release>(),
+           "Operations a second on 8-bit numbers in registers, all threads together.")
       .def("attend", &Multiplier::attend, nb::arg("queries"), nb::arg("out"), nb::arg("keys"), nb::arg("values"),
            nb::arg("tables"), nb::arg("contexts"), nb::arg("sequences"), nb::arg("table_width"), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("block_size"), nb::arg("window"), nb::arg("scale"),
            nb::call_guard<nb::gil_scoped_release>(),
-           "Attention of one query a sequence over a paged float32 cache; all tensors are contiguous, by address.");
+           "Attention of one query a sequence over a paged float32 cache; all tensors are contiguous, by address.")
+      .def("rotate_and_store", &Multiplier::rotate_and_store, nb::arg("shape"), nb::arg("step"), nb::arg("qkv"),
+           nb::arg("cache"), nb::call_guard<nb::gil_scoped_release>(),
+           "Norms and rotates queries and keys, in place, and puts keys and values into a cache of 16 or 8 bits.")
+      .def("attend_paged", &Multiplier::attend_paged, nb::arg("shape"), nb::arg("step"), nb::arg("qkv"), nb::arg("out"),
+           nb::arg("cache"), nb::call_guard<nb::gil_scoped_release>(),
+           "Causal attention of the queries in qkv over that cache.");
+  llmopt::bind_rounded_products(multiplier);
+  llmopt::bind_sampling(multiplier);
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.backend.sampling import SamplingBatch
 from llmopt.weights.quantized import Weight
 
 
@@ -51,12 +52,60 @@ class Linear(ABC):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class LayerParts:
+    """What a decoder layer holds, as the backend packed and placed it. Norms are [hidden]; those of queries and keys
+    [head_dim], or None. `window`: see `Backend.attend`."""
+
+    input_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """A whole decoder: what `Backend.fuse` takes. `frequencies` are radians a position, float32 [rotated / 2]."""
+
+    layers: list[LayerParts]
+    embedding: Tensor
+    norm: Tensor
+    head: Linear
+    frequencies: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+
+class FusedDecoder(ABC):
+    """All layers of a step in one call, with a KV cache of its own."""
+
+    @abstractmethod
+    def hidden(self, tokens: Tensor, batch: PagedBatch) -> Tensor:
+        """The normed last hidden states, float32 [T, hidden], of tokens int64 [T]."""
+
+    @abstractmethod
+    def logits(self, tokens: Tensor, batch: PagedBatch, rows: Tensor) -> Tensor:
+        """float32 [n, vocabulary] for the tokens at `rows`, int64 [n], ascending, of the T."""
+
+
 class Backend(ABC):
     """The operations of a decoder on one device. Stateless but for its settings."""
 
     name: str
     device: torch.device
     dtype: torch.dtype  # of activations
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What keys and values are held in where nobody asks for another dtype."""
+        return self.dtype
 
     @abstractmethod
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
@@ -72,6 +121,13 @@ class Backend(ABC):
     @abstractmethod
     def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
         """Allocate one layer's cache, its memory touched so that running out happens here and not under load."""
+
+    def fuse(self, parts: DecoderParts, blocks: int, block_size: int, cache_dtype: str) -> FusedDecoder | None:
+        """One operation for a whole decoder, where the backend has one for all that it holds; None where not.
+
+        `cache_dtype` is auto, or what the keys and values are held in.
+        """
+        return None
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -96,4 +152,11 @@ class Backend(ABC):
 
         Query heads share key heads in equal runs (grouped queries). With a window of w, a token sees itself and
         the w - 1 before it.
+        """
+
+    @abstractmethod
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Choose a token for each row of float32 logits [R, vocabulary], which are overwritten: int64 [R].
+
+        `reference_sampling` says what is chosen. A row's token depends on its own logits and settings alone.
         """

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmopt.backend.base import KVCache, Linear, PagedBatch
 from llmopt.backend.reference import ReferenceBackend
+from llmopt.backend.sampling import SamplingBatch
 from llmopt.errors import InputError
 from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
 from llmopt.weights.numbers import INT
@@ -73,6 +74,15 @@ class CpuBackend(ReferenceBackend):
         parts = [self._pack_part(run) for run in mergeable_runs(pieces)]
         only = parts[0]
         return only if len(parts) == 1 and isinstance(only, Linear) else CpuLinear(self.multiplier, parts)
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        if logits.dtype != torch.float32 or not logits.is_contiguous():
+            raise ValueError(f"logits are {logits.dtype} with strides {logits.stride()}, not contiguous float32")
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+        self.multiplier.sample(
+            logits.data_ptr(), *logits.shape, tokens.data_ptr(), batch.draws, batch.penalties, batch.forbidden
+        )
+        return tokens
 
     def _attend_decode(
         self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None
@@ -159,11 +169,11 @@ def same_kind(a: Weight, b: Weight) -> bool:
     return kinds[0] == kinds[1] and torch.equal(a.group_index, b.group_index)
 
 
-def why_not(weight: QuantizedTensor) -> str | None:
-    """What about this weight the kernels cannot do, or None."""
+def why_not(weight: QuantizedTensor, minimums: bool = False) -> str | None:
+    """What about this weight the kernels cannot do, or None; `minimums` says whether they know those."""
     if weight.number != INT:
         return f"weights in {weight.number} have no kernel"
-    if weight.minimums is not None:
+    if weight.minimums is not None and not minimums:
         return "weights whose groups have minimums in place of zero points have no kernel"
     if weight.activations is not None:
         if weight.activations != "int8":

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmopt.backend import reference_sampling
 from llmopt.backend.base import Backend, KVCache, Linear, PagedBatch
+from llmopt.backend.sampling import SamplingBatch
 from llmopt.errors import InputError
 from llmopt.weights.numbers import FP8, LARGEST, rounded
 from llmopt.weights.quantized import QuantizedTensor, Weight
@@ -108,6 +110,9 @@ class ReferenceBackend(Backend):
             span = slice(starts[s], starts[s + 1])
             result[span] = self._attend_sequence(queries[span], cache, batch, s, scale, window)
         return result
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        return reference_sampling.sample(logits, batch)
 
     def _attend_decode(
         self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None

@@ -24,8 +24,9 @@ def select_backend(name: str, device: str, dtype: str, threads: int | None) -> B
     Args:
         name: auto, reference or cpu.
         device: auto (CUDA where there is one), cpu or cuda.
-        dtype: of activations; auto is float32 on a CPU and bfloat16 on a GPU. The cpu backend computes in float32
-            only, so auto takes reference for another dtype.
+        dtype: of activations. On a GPU auto is bfloat16. On a CPU, auto and bfloat16 let the kernels round activations
+            where they are multiplied (to 8 bits, see `RoundedCpuBackend`); float32 rounds nothing; float16 is the
+            reference's alone. Without kernels auto is float32.
         threads: CPU threads, of torch and of the cpu backend; None leaves torch's own choice.
 
     Raises InputError for settings that contradict each other, LlmoptError for what this machine does not have.
@@ -34,30 +35,30 @@ def select_backend(name: str, device: str, dtype: str, threads: int | None) -> B
     place = find_device(name, device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if dtype == "auto":
-        dtype = "bfloat16" if place == "cuda" else "float32"
     if name == "cpu" and place == "cuda":
         raise InputError("--backend cpu runs on the CPU: give --device cpu, or --backend reference for --device cuda")
-    if name == "cpu" and dtype != "float32":
-        raise InputError(f"--backend cpu computes in float32, not {dtype}: give --dtype float32 or --backend reference")
-    if name == "reference" or place == "cuda":
-        return ReferenceBackend(place, DTYPES[dtype])
-    if dtype != "float32":
-        _logger.warning("running on plain torch: the compiled CPU kernels compute in float32, not %s", dtype)
-        return ReferenceBackend(place, DTYPES[dtype])
-    return _compiled_backend(name)
+    if name == "cpu" and dtype == "float16":
+        raise InputError("--backend cpu has no float16: give --dtype auto or float32, or --backend reference")
+    if place == "cuda":
+        return ReferenceBackend(place, DTYPES["bfloat16" if dtype == "auto" else dtype])
+    if name == "auto" and dtype == "float16":
+        _logger.warning("running on plain torch: the compiled CPU kernels have no float16")
+    if name == "reference" or dtype == "float16":
+        return ReferenceBackend(place, DTYPES["float32" if dtype == "auto" else dtype])
+    return _compiled_backend(name, dtype)
 
 
-def _compiled_backend(name: str) -> Backend:
+def _compiled_backend(name: str, dtype: str) -> Backend:
     """The cpu backend; reference in its place, with a warning, where it is not built and `name` is auto."""
     try:
         from llmopt.backend.cpu import CpuBackend
+        from llmopt.backend.cpu_rounded import RoundedCpuBackend
     except ImportError as error:
         if name == "cpu":
             raise LlmoptError(f"the compiled CPU kernels are not there ({error}): {_HOW_TO_BUILD}") from error
         _logger.warning("running on plain torch: the compiled CPU kernels are not there (%s)", error)
-        return ReferenceBackend("cpu", torch.float32)
-    return CpuBackend(torch.get_num_threads())
+        return ReferenceBackend("cpu", DTYPES["float32" if dtype == "auto" else dtype])
+    return (CpuBackend if dtype == "float32" else RoundedCpuBackend)(torch.get_num_threads())
 
 
 def fast_products(device: str) -> torch.dtype:

@@ -19,8 +19,9 @@ class EngineConfig:
         model: a folder, a .gguf file, a hub id or a built-in name.
         device: auto takes CUDA where there is one.
         backend: auto takes the fastest that this machine has.
-        dtype: of activations; auto is float32 on a CPU and bfloat16 on a GPU.
-        kv_cache_dtype: auto is the same as `dtype`.
+        dtype: of activations; auto is bfloat16 on a GPU. On a CPU with kernels, auto and bfloat16 round activations
+            where they are multiplied, to 8 or 16 bits; float32 rounds nothing.
+        kv_cache_dtype: auto is bfloat16 where activations are rounded, else the same as `dtype`.
         kv_cache_memory_bytes: size of the block pool; None for what `max_num_seqs` requests of `max_model_len` need,
             at most an eighth of the free memory and 1 GiB.
         block_size: tokens in a block.

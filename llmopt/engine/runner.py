@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from llmopt.backend.base import KVCache
 from llmopt.backend.select import DTYPES, select_backend
 from llmopt.engine.batch import Batch
 from llmopt.engine.cache_plan import plan_cache
@@ -22,16 +23,28 @@ class Runner:
     def __init__(self, source: ModelSource, config: EngineConfig, progress: Progress = silent) -> None:
         self.backend = select_backend(config.backend, config.device, config.dtype, config.threads)
         self.config = source.config
-        cache_dtype = DTYPES.get(config.kv_cache_dtype, self.backend.dtype)
-        self.plan = plan_cache(config, self.config, cache_dtype)
+        self.plan = plan_cache(config, self.config, self._cache_dtype(config, self.backend.cache_dtype))
         with torch.inference_mode():
             self.decoder = Decoder(source, self.backend, progress)
-            shape = (self.plan.blocks, config.block_size, self.config.num_kv_heads, self.config.head_dim)
-            self.caches = [self.backend.kv_cache(*shape, cache_dtype) for _ in range(self.config.num_layers)]
+            self.fused = self.decoder.fuse(self.plan.blocks, config.block_size, config.kv_cache_dtype)
+            self.caches = [] if self.fused else self._allocate(config)
+
+    def _allocate(self, config: EngineConfig) -> list[KVCache]:
+        """A cache for each layer that the operations called one by one work on, in the dtype of activations."""
+        dtype = self._cache_dtype(config, self.backend.dtype)
+        self.plan = plan_cache(config, self.config, dtype)
+        shape = (self.plan.blocks, config.block_size, self.config.num_kv_heads, self.config.head_dim)
+        return [self.backend.kv_cache(*shape, dtype) for _ in range(self.config.num_layers)]
+
+    @staticmethod
+    def _cache_dtype(config: EngineConfig, default: torch.dtype) -> torch.dtype:
+        return DTYPES.get(config.kv_cache_dtype, default)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states [T, hidden] of a batch; its keys and values are in the cache afterwards."""
+        if self.fused:
+            return self.fused.hidden(batch.tokens, batch.paged)
         attention = PagedAttention(self.config, self.backend, self.caches, batch.paged)
         return self.decoder.hidden(batch.tokens, batch.paged.positions, attention)
 
@@ -42,5 +55,7 @@ class Runner:
 
     def run(self, batch: Batch) -> Tensor:
         """Compute a step; float32 logits [len(batch.sampling), vocabulary] for the tokens to sample."""
+        if self.fused:
+            return self.fused.logits(batch.tokens, batch.paged, batch.last_rows)
         hidden = self.hidden(batch)
         return self.logits(hidden[batch.last_rows])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt.backend.base import Backend, KVCache, PagedBatch
+from llmopt.backend.base import Backend, DecoderParts, FusedDecoder, KVCache, LayerParts, PagedBatch
 from llmopt.model import rope
 from llmopt.model.config import ModelConfig
 from llmopt.model.source import ModelSource, as_dense, layer_name
@@ -75,6 +75,19 @@ class DecoderLayer:
         hidden = backend.silu_mul(self.gate_up(backend.rms_norm(x, self.mlp_norm, eps)))
         return x + self.down(hidden)
 
+    def parts(self) -> LayerParts:
+        return LayerParts(
+            input_norm=self.input_norm,
+            qkv=self.qkv,
+            query_norm=self.query_norm if self.config.qk_norm else None,
+            key_norm=self.key_norm if self.config.qk_norm else None,
+            output=self.output,
+            mlp_norm=self.mlp_norm,
+            gate_up=self.gate_up,
+            down=self.down,
+            window=self.config.windows[self.index],
+        )
+
     def _split_heads(self, qkv: Tensor) -> list[Tensor]:
         config = self.config
         heads = qkv.unflatten(1, (-1, config.head_dim))
@@ -102,9 +115,25 @@ class Decoder:
         self.head = backend.pack([head], [None])
         self.frequencies = rope.frequencies(config.rope, config.head_dim).to(backend.device)
 
+    def fuse(self, blocks: int, block_size: int, cache_dtype: str) -> FusedDecoder | None:
+        """This decoder as one operation with a paged cache, where the backend has one for it."""
+        config = self.config
+        parts = DecoderParts(
+            layers=[layer.parts() for layer in self.layers],
+            embedding=self.embedding,
+            norm=self.norm,
+            head=self.head,
+            frequencies=self.frequencies,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+        )
+        return self.backend.fuse(parts, blocks, block_size, cache_dtype)
+
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The normed last hidden states [T, hidden] of tokens int64 [T] at positions int64 [T]."""
-        x = F.embedding(tokens, self.embedding)
+        x = F.embedding(tokens, self.embedding).to(self.backend.dtype)
         rotation = rope.angles(positions, self.frequencies)
         for layer in self.layers:
             x = layer(x, rotation, attend)

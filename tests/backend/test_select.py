@@ -57,16 +57,22 @@ def test_without_the_module_cpu_says_how_to_get_it(no_cuda, no_kernels):
         select_backend("cpu", "cpu", "auto", None)
 
 
-def test_another_dtype_runs_on_plain_torch_and_says_so(no_cuda, caplog):
+def test_float16_runs_on_plain_torch_and_says_so(no_cuda, caplog):
     with caplog.at_level(logging.WARNING):
-        backend = select_backend("auto", "cpu", "bfloat16", None)
-    assert (type(backend), backend.dtype) == (ReferenceBackend, torch.bfloat16)
-    assert ["bfloat16" in record.getMessage() for record in caplog.records] == [True]
+        backend = select_backend("auto", "cpu", "float16", None)
+    assert (type(backend), backend.dtype) == (ReferenceBackend, torch.float16)
+    assert ["float16" in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_cpu_in_another_dtype_is_refused(no_cuda):
+def test_float16_is_refused_of_the_kernels(no_cuda):
     with pytest.raises(InputError, match="float32"):
-        select_backend("cpu", "auto", "bfloat16", None)
+        select_backend("cpu", "auto", "float16", None)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("auto", "Rounded"), ("bfloat16", "Rounded"), ("float32", "Cpu")])
+def test_the_dtype_says_whether_the_kernels_round_activations(no_cuda, dtype, name):
+    pytest.importorskip("llmopt.kernels._cpu")
+    assert type(select_backend("auto", "cpu", dtype, None)).__name__.startswith(name)
 
 
 def test_cuda_without_cuda_is_refused(no_cuda):

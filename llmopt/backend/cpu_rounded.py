@@ -1,0 +1,112 @@
+"""The CPU kernels at their fastest: activations are rounded to 8 bits where they meet quantized weights, to 16 else."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmopt.backend.base import DecoderParts, FusedDecoder, Linear
+from llmopt.backend.cpu import CpuBackend, packing_order, why_not
+from llmopt.backend.cpu_decoder import CpuDecoder
+from llmopt.backend.reference import ReferenceBackend
+from llmopt.kernels._cpu import DenseWeight, IntegerWeight, Multiplier
+from llmopt.weights.quantized import QuantizedTensor, Scales, TwoLevel, Weight
+
+LARGEST_HALF = 65504.0
+
+
+class RoundedLinear(Linear):
+    """Packed weights whose outputs lie side by side."""
+
+    def __init__(self, multiplier: Multiplier, parts: list[IntegerWeight | DenseWeight]) -> None:
+        self.multiplier = multiplier
+        self.parts = parts
+        self.in_features = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [T, in] to float32 [T, out]."""
+        x = x.contiguous()
+        y = torch.empty(x.shape[0], self.out_features)
+        target = y.data_ptr()
+        for part in self.parts:
+            self.multiplier.multiply_rounded(
+                part, x.data_ptr(), self.in_features, x.shape[0], target, self.out_features
+            )
+            target += part.out_features * y.element_size()
+        return y
+
+
+class RoundedCpuBackend(CpuBackend):
+    """As CpuBackend, with activations rounded at every product: to int8, with a scale for each token and group of at
+    most 64 inputs, against integer weights; to bfloat16 against weights in bfloat16. What passes between products
+    stays float32. The KV cache is bfloat16.
+
+    A decoder whose weights all have kernels runs as one operation (`fuse`); where one has not, each layer's operations
+    are called one by one, and that weight's are the reference's.
+    """
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
+        for weight in weights:
+            reason = why_not(weight, minimums=True) if isinstance(weight, QuantizedTensor) else None
+            if reason is not None:
+                self._warn_once(reason)
+                return ReferenceBackend.pack(self, weights, biases)
+        parts = [pack_part(self.multiplier, w, b) for w, b in zip(weights, biases, strict=True)]
+        return RoundedLinear(self.multiplier, parts)
+
+    def embedding(self, table: Tensor) -> Tensor:
+        """In 16 bits: rounding it costs less than any product does."""
+        return table.contiguous() if table.dtype == torch.bfloat16 else in_16_bits(table)
+
+    def fuse(self, parts: DecoderParts, blocks: int, block_size: int, cache_dtype: str) -> FusedDecoder | None:
+        reason = CpuDecoder.why_not(parts, block_size, cache_dtype)
+        if reason is not None:
+            self._warn_once(reason)
+            return None
+        return CpuDecoder(self.multiplier, parts, blocks, block_size, cache_dtype)
+
+
+def pack_part(multiplier: Multiplier, weight: Weight, bias: Tensor | None) -> IntegerWeight | DenseWeight:
+    """A weight [out, in] in the layout of the kernels; bias float [out]."""
+    bias = None if bias is None else bias.float().contiguous()
+    if isinstance(weight, Tensor):
+        values = in_16_bits(weight) if weight.shape[1] % 2 == 0 else weight.to(torch.float16)
+        return DenseWeight(values.view(torch.uint16), values.dtype == torch.bfloat16, bias)
+    weight = weight.plain_order()
+    scales, scale_bytes = level_of(weight.scales)
+    minimums, minimum_bytes = (None, None) if weight.minimums is None else level_of(weight.minimums)
+    return IntegerWeight(
+        multiplier,
+        codes=weight.codes.contiguous(),
+        groups=weight.scales.shape[1],
+        scales=scales,
+        scale_bytes=scale_bytes,
+        zeros=None if weight.zeros is None else weight.zeros.contiguous(),
+        minimums=minimums,
+        minimum_bytes=minimum_bytes,
+        bias=bias,
+        order=packing_order(weight),
+        bits=weight.bits,
+        whole_rows=weight.activations is not None,
+    )
+
+
+def in_16_bits(weight: Tensor) -> Tensor:
+    """bfloat16 as it is; all else as float16 where it fits, since that keeps three bits more."""
+    fits = weight.dtype != torch.bfloat16 and float(weight.abs().max()) <= LARGEST_HALF
+    return weight.to(torch.float16 if fits else torch.bfloat16).contiguous()
+
+
+def level_of(numbers: Scales) -> tuple[Tensor, Tensor | None]:
+    """Scales or minimums as floats [out, groups], or as factors [out, runs] and the int8 [out, groups] they scale."""
+    if isinstance(numbers, TwoLevel) and numbers.values.dtype in (torch.uint8, torch.int8):
+        small = numbers.values.dtype == torch.int8 or int(numbers.values.max()) < 128
+        if small:
+            factors = numbers.factors.float().expand(numbers.shape[0], -1)
+            return factors.contiguous(), numbers.values.to(torch.int8).contiguous()
+    return numbers.float().contiguous(), None
