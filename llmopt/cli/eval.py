@@ -39,7 +39,12 @@ def evaluate(
     backend: Annotated[BackendName, typer.Option(help="What computes MODEL.")] = "auto",
     device: Annotated[DeviceName, typer.Option(help="Where both compute.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default one a core.")] = None,
-    dtype: Annotated[DTypeName, typer.Option(help="Of MODEL's activations.")] = "auto",
+    dtype: Annotated[
+        DTypeName,
+        typer.Option(
+            help="Of MODEL's activations: float32 measures what the artifact holds, auto what serve makes of it."
+        ),
+    ] = "float32",
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
     ] = None,

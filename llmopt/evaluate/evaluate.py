@@ -31,7 +31,7 @@ def evaluate(
     gates: str | Path | Gates | None = None,
     backend: BackendName = "auto",
     device: DeviceName = "auto",
-    dtype: DTypeName = "auto",
+    dtype: DTypeName = "float32",
     threads: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def evaluate(
     Args:
         model, reference: named as on the command line. The reference always runs in float32 on the backend
             `reference`, which is the truth; the other settings are the model's.
+        dtype: of the model's activations; float32 measures what the artifact holds, auto what an engine makes of it.
         text: a UTF-8 file; None for the built-in text.
         ctx: tokens in a window.
         windows: how many windows.
