@@ -1,6 +1,7 @@
 """Turns scheduled chunks into the flat arrays of one step."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -30,29 +31,29 @@ class Batch:
 
 def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Batch:
     """The batch of a step; a request's blocks must already hold its chunk."""
-    counts = np.array([chunk.count for chunk in chunks])
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    tokens = np.concatenate([chunk.request.tokens[chunk.start : chunk.start + chunk.count] for chunk in chunks])
-    positions = np.concatenate([np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks])
+    counts = np.array([chunk.count for chunk in chunks], np.int64)
+    firsts = np.array([chunk.start for chunk in chunks], np.int64)
+    starts = np.array([0, *accumulate(chunk.count for chunk in chunks)], np.int64)
     tables = np.zeros((len(chunks), max(len(chunk.request.blocks) for chunk in chunks)), dtype=np.int32)
     for row, chunk in zip(tables, chunks, strict=True):
         row[: len(chunk.request.blocks)] = chunk.request.blocks
-    sequence = np.repeat(np.arange(len(chunks)), counts)
+    sequence = np.arange(len(chunks)).repeat(counts)
+    positions = np.arange(starts[-1]) + (firsts - starts[:-1])[sequence]
     slots = tables[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
     closing = [index for index, chunk in enumerate(chunks) if chunk.closes_gap]
 
-    def place(array: np.ndarray, dtype: type) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device, non_blocking=True)
+    def place(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
 
     return Batch(
-        tokens=place(tokens, np.int64),
+        tokens=place(np.array([token for chunk in chunks for token in chunk.tokens], np.int64)),
         paged=PagedBatch(
             query_starts=starts.tolist(),
-            context_lens=place(np.array([chunk.start + chunk.count for chunk in chunks]), np.int32),
-            block_tables=place(tables, np.int32),
-            slots=place(slots, np.int64),
-            positions=place(positions, np.int64),
+            context_lens=place((firsts + counts).astype(np.int32)),
+            block_tables=place(tables),
+            slots=place(slots),
+            positions=place(positions),
         ),
         sampling=[chunks[index].request for index in closing],
-        last_rows=place(starts[1:][closing] - 1, np.int64),
+        last_rows=place(starts[1:][closing] - 1),
     )

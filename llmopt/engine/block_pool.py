@@ -1,6 +1,6 @@
 """The blocks of the paged KV cache: which are free, which belong to a request (Kwon et al. 2023, arXiv:2309.06180)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 
 from llmopt.errors import LlmoptError
 
@@ -27,7 +27,7 @@ class BlockPool:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def grow(self, table: list[int], tokens: int) -> bool:
+    def grow(self, table: MutableSequence[int], tokens: int) -> bool:
         """Extend a block table until it holds that many tokens; False, and nothing taken, where too few are free."""
         missing = self.blocks_for(tokens) - len(table)
         if missing > len(self._free):
@@ -36,12 +36,12 @@ class BlockPool:
             table.append(self._free.pop())
         return True
 
-    def release(self, table: list[int]) -> None:
+    def release(self, table: MutableSequence[int]) -> None:
         """Take all blocks of a table back; the table is empty afterwards."""
         self._free.extend(reversed(table))
-        table.clear()
+        del table[:]
 
-    def check(self, tables: Iterable[list[int]]) -> None:
+    def check(self, tables: Iterable[MutableSequence[int]]) -> None:
         """Raise LlmoptError unless every block is either free or in exactly one of these tables."""
         held = [block for table in tables for block in table]
         if sorted(held + self._free) != list(range(self.total)):

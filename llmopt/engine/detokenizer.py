@@ -38,12 +38,15 @@ class Detokenizer:
     def _release(self, text: str, check_stop: bool) -> str:
         stops = self.params.stop if check_stop else ()
         self._held += text
+        if not stops:
+            ready, self._held = self._held, ""
+            return ready
         found = [(self._held.index(stop), stop) for stop in stops if stop in self._held]
         if found:
             start, self.stopped_by = min(found)
             end = start + len(self.stopped_by) if self.params.include_stop_str_in_output else start
         else:
-            end = len(self._held) - max((_overlap(self._held, stop) for stop in stops), default=0)
+            end = len(self._held) - max(_overlap(self._held, stop) for stop in stops)
         ready, self._held = self._held[:end], "" if found else self._held[end:]
         return ready
 

@@ -36,7 +36,8 @@ class Engine:
         self.max_model_len = self.runner.plan.max_model_len
         self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
-        self.sampler = Sampler(frozenset(i for i in self.tokenizer.eos_ids if i < source.config.vocab_size))
+        ends = frozenset(i for i in self.tokenizer.eos_ids if i < source.config.vocab_size)
+        self.sampler = Sampler(self.runner.backend, ends)
         self._generations: dict[str, Generation] = {}
         self._seeds = random.Random(config.seed)
         self._steps = self._prompt_tokens = self._generation_tokens = 0

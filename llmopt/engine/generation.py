@@ -44,10 +44,10 @@ class Generation:
 
     def _end_by_token(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         """The finish reason that a token brings, and the token itself where it was a stop token of the request."""
-        request = self.request
-        if request.output_length >= request.params.min_tokens:
-            if token_id in request.params.stop_token_ids:
+        params, length = self.request.params, self.request.output_length
+        if length >= params.min_tokens:
+            if token_id in params.stop_token_ids:
                 return "stop", token_id
             if token_id in self.end_ids:
                 return "stop", None
-        return ("length", None) if request.output_length >= self.max_tokens else (None, None)
+        return ("length", None) if length >= self.max_tokens else (None, None)

@@ -1,6 +1,10 @@
 """A request as the scheduler sees it: how many tokens are known, how many are computed."""
 
+from array import array
+from collections.abc import MutableSequence
+
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.token_counts import TokenCounts
 
 
 class Request:
@@ -10,8 +14,10 @@ class Request:
         tokens: the tokens known: the prompt, then the output.
         computed: how many of them have their keys and values in the cache. A step closes the gap between the two,
             whether it comes from a new prompt, from one sampled token or from having been preempted.
-        blocks: its block table, the numbers of the cache blocks it holds, in order.
+        blocks: its block table, the numbers of the cache blocks it holds, in order; 32-bit integers, which a batch
+            takes over without looking at each.
         seed: what its random choices are drawn from.
+        counts: what its penalties are counted by; whoever samples lets it catch up, where there are penalties.
     """
 
     def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, seed: int) -> None:
@@ -21,7 +27,8 @@ class Request:
         self.prompt_length = len(prompt)
         self.tokens = list(prompt)
         self.computed = 0
-        self.blocks: list[int] = []
+        self.blocks: MutableSequence[int] = array("i")
+        self.counts = TokenCounts()
 
     @property
     def known(self) -> int:

@@ -2,12 +2,15 @@
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llmopt.backend.base import Backend
+from llmopt.backend.sampling import Draws, Forbidden, Penalties, SamplingBatch
 from llmopt.engine.outputs import TokenLogprobs
-from llmopt.engine.params import SamplingParams
 from llmopt.engine.request import Request
 
 
@@ -20,35 +23,33 @@ class Sampled:
 
 
 class Sampler:
-    """Penalties, then temperature, then top-k, top-p and min-p, then a draw; greedy rows take the largest logit.
+    """Gathers what requests want into arrays, for the backend to sample by, and reports log-probabilities.
 
     A request's choice depends on its own logits, its seed and its position alone, never on its neighbours in the
     batch: the only random number it takes is a hash of its seed and of how many tokens it has.
     """
 
-    def __init__(self, eos_ids: frozenset[int]) -> None:
+    def __init__(self, backend: Backend, eos_ids: frozenset[int]) -> None:
+        self.backend = backend
         self.eos_ids = eos_ids
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor, requests: list[Request]) -> Sampled:
         """Sample from float32 logits [len(requests), vocabulary], which are overwritten."""
-        reports = _LogprobReport.prepare(logits, requests)
-        _penalise(logits, requests)
-        self._forbid_early_ends(logits, requests)
-        tokens = logits.argmax(-1)
-        drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
-        filtered = [i for i in drawn if _has_filter(requests[i].params)]
-        plain = [i for i in drawn if not _has_filter(requests[i].params)]
-        if plain:
-            tokens[plain] = _draw(logits[plain], [requests[i] for i in plain])
-        if filtered:
-            tokens[filtered] = _draw_filtered(logits[filtered], [requests[i] for i in filtered])
-        return Sampled(tokens.tolist(), reports.of(tokens) if reports else [None] * len(requests))
+        report = _LogprobReport.prepare(logits, requests)
+        batch = SamplingBatch(_draws(requests), _penalties(requests), self._early_ends(requests))
+        tokens = self.backend.sample(logits, batch)
+        return Sampled(tokens.tolist(), report.of(tokens) if report else [None] * len(requests))
 
-    def _forbid_early_ends(self, logits: Tensor, requests: list[Request]) -> None:
-        for row, request in enumerate(requests):
-            if request.output_length < request.params.min_tokens:
-                logits[row, [*self.eos_ids, *request.params.stop_token_ids]] = -torch.inf
+    def _early_ends(self, requests: list[Request]) -> Forbidden | None:
+        """The end tokens of requests that must not end yet."""
+        ends = [
+            [*self.eos_ids, *request.params.stop_token_ids] if request.output_length < request.params.min_tokens else []
+            for request in requests
+        ]
+        if not any(ends):
+            return None
+        return Forbidden(_starts([len(tokens) for tokens in ends]), np.array(list(chain(*ends)), np.int32))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -57,87 +58,67 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _has_filter(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-
-
-def _penalise(logits: Tensor, requests: list[Request]) -> None:
-    for row, request in enumerate(requests):
-        params = request.params
-        if not params.has_penalties:
-            continue
-        if params.repetition_penalty != 1:
-            seen = torch.tensor(request.tokens, device=logits.device).unique()
-            values = logits[row, seen]
-            harder = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-            logits[row, seen] = harder
-        if request.output_length:
-            output = torch.tensor(request.output, device=logits.device)
-            tokens, counts = output.unique(return_counts=True)
-            logits[row, tokens] -= params.frequency_penalty * counts + params.presence_penalty
-
-
-def _column(requests: list[Request], name: str, device: torch.device) -> Tensor:
-    """One parameter of all requests, [rows, 1]."""
-    return torch.tensor([[getattr(request.params, name)] for request in requests], device=device)
-
-
-def _uniforms(requests: list[Request], device: torch.device) -> Tensor:
-    draws = [[uniform(request.seed, request.known)] for request in requests]
-    return torch.tensor(draws, dtype=torch.float64, device=device)
-
-
-def _draw(logits: Tensor, requests: list[Request]) -> Tensor:
-    probabilities = (logits / _column(requests, "temperature", logits.device)).softmax(-1)
-    return _inverse(probabilities, requests)
-
-
-def _draw_filtered(logits: Tensor, requests: list[Request]) -> Tensor:
-    """As `_draw`, with the unlikely tokens cut off; works on the tokens sorted by likelihood."""
-    scaled, order = (logits / _column(requests, "temperature", logits.device)).sort(
-        dim=-1, descending=True, stable=True
+def _draws(requests: list[Request]) -> Draws | None:
+    if all(request.params.greedy for request in requests):
+        return None
+    params = [request.params for request in requests]
+    return Draws(
+        temperature=np.array([0 if one.greedy else one.temperature for one in params], np.float32),
+        top_k=np.array([one.top_k for one in params], np.int64),
+        top_p=np.array([one.top_p for one in params], np.float32),
+        min_p=np.array([one.min_p for one in params], np.float32),
+        uniform=np.array([uniform(request.seed, request.known) for request in requests]),
     )
-    top_k = _column(requests, "top_k", logits.device)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    scaled.masked_fill_((top_k > 0) & (rank >= top_k), -torch.inf)
-    probabilities = scaled.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # the mass of the likelier tokens; 0 for the first, so it stays
-    unlikely = (before >= _column(requests, "top_p", logits.device)) & (rank > 0)
-    unlikely |= probabilities < _column(requests, "min_p", logits.device) * probabilities[:, :1]
-    probabilities.masked_fill_(unlikely, 0)
-    return order.gather(1, _inverse(probabilities, requests)[:, None])[:, 0]
 
 
-def _inverse(probabilities: Tensor, requests: list[Request]) -> Tensor:
-    """The token at which the running sum of probabilities passes each request's random number."""
-    sums = probabilities.double().cumsum(-1)
-    target = _uniforms(requests, probabilities.device) * sums[:, -1:]
-    return torch.searchsorted(sums, target, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
+def _penalties(requests: list[Request]) -> Penalties | None:
+    if not any(request.params.has_penalties for request in requests):
+        return None
+    for request in requests:
+        if request.params.has_penalties:
+            request.counts.catch_up(request.tokens, request.prompt_length)
+    params = [request.params for request in requests]
+    return Penalties(
+        repetition=np.array([one.repetition_penalty for one in params], np.float32),
+        frequency=np.array([one.frequency_penalty for one in params], np.float32),
+        presence=np.array([one.presence_penalty for one in params], np.float32),
+        starts=_starts([len(request.counts.tokens) for request in requests]),
+        tokens=np.concatenate([np.frombuffer(request.counts.tokens, np.int32) for request in requests]),
+        counts=np.concatenate([np.frombuffer(request.counts.counts, np.int32) for request in requests]),
+    )
+
+
+def _starts(lengths: list[int]) -> np.ndarray:
+    """Where each of several lists begins when they lie end to end, and where the last ends."""
+    return np.cumsum([0, *lengths], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class _LogprobReport:
-    """Log-probabilities as the model gave them, kept before penalties change the logits."""
+    """Log-probabilities as the model gave them, of the rows that want some, before penalties change the logits."""
 
-    logprobs: Tensor
+    rows: list[int]
     wanted: list[int | None]
+    logprobs: Tensor
 
     @classmethod
     def prepare(cls, logits: Tensor, requests: list[Request]) -> "_LogprobReport | None":
         wanted = [request.params.logprobs for request in requests]
-        if all(count is None for count in wanted):
+        rows = [row for row, count in enumerate(wanted) if count is not None]
+        if not rows:
             return None
-        return cls(logits.log_softmax(-1), wanted)
+        own = logits if len(rows) == len(requests) else logits[rows]
+        return cls(rows, wanted, own.log_softmax(-1))
 
     def of(self, tokens: Tensor) -> list[TokenLogprobs | None]:
-        chosen = self.logprobs.gather(1, tokens[:, None])
-        ranks = (self.logprobs >= chosen).sum(-1).tolist()
-        most = max(count or 0 for count in self.wanted)
-        values, ids = self.logprobs.topk(most, dim=-1)
-        rows = zip(
-            self.wanted, tokens.tolist(), chosen[:, 0].tolist(), ranks, ids.tolist(), values.tolist(), strict=True
-        )
-        return [
-            None if count is None else TokenLogprobs(token, logprob, rank, list(zip(ids, values, strict=True))[:count])
-            for count, token, logprob, rank, ids, values in rows
-        ]
+        """One report for each request, None where it wants none, for the tokens [requests] that were chosen."""
+        chosen = tokens[self.rows]
+        own = self.logprobs.gather(1, chosen[:, None])
+        ranks = (self.logprobs >= own).sum(-1).tolist()
+        values, ids = self.logprobs.topk(max(count or 0 for count in self.wanted), dim=-1)
+        reports: list[TokenLogprobs | None] = [None] * len(self.wanted)
+        each = zip(self.rows, chosen.tolist(), own[:, 0].tolist(), ranks, ids.tolist(), values.tolist(), strict=True)
+        for row, token, logprob, rank, top_ids, top_values in each:
+            top = list(zip(top_ids, top_values, strict=True))[: self.wanted[row]]
+            reports[row] = TokenLogprobs(token, logprob, rank, top)
+        return reports

@@ -21,6 +21,10 @@ class Chunk:
     count: int
 
     @property
+    def tokens(self) -> list[int]:
+        return self.request.tokens[self.start : self.start + self.count]
+
+    @property
     def closes_gap(self) -> bool:
         """Whether the request's last known token is among them, so that the next one can be sampled."""
         return self.start + self.count == self.request.known

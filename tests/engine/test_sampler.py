@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmopt.backend.reference import ReferenceBackend
 from llmopt.engine.params import SamplingParams
 from llmopt.engine.request import Request
 from llmopt.engine.sampler import Sampler, uniform
@@ -24,7 +25,7 @@ def make_request(seed: int = 0, tokens: tuple[int, ...] = (1, 2), output: tuple[
 
 
 def sample(logits: torch.Tensor, *requests: Request):
-    return Sampler(frozenset({EOS}))(logits.clone(), list(requests))
+    return Sampler(ReferenceBackend(), frozenset({EOS}))(logits.clone(), list(requests))
 
 
 def frequencies(logits: torch.Tensor, draws: int = 3000, **params) -> dict[int, float]:
