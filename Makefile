@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help setup demo test lint format format-check types layers check bench-kernels peers interop soak-resume clean
+.PHONY: help setup demo test lint format format-check types layers check bench-kernels peers interop bench-peers soak-resume clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ peers: $(READY)  ## Make the environments of the programs that we compare with a
 
 interop: $(READY)  ## Let those programs read our artifacts, and compare what they compute with what we do
 	$(BIN)/python tests/interop/matrix.py
+
+bench-peers: $(READY)  ## Measure llmopt against llama.cpp and vLLM; about 12 minutes. ARGS="--help" tells more
+	$(BIN)/python tests/interop/bench_peers.py $(ARGS)
 
 soak-resume: $(READY)  ## Kill a quantization of SmolLM2 ten times, resume it, compare; about 10 minutes
 	$(BIN)/python tests/e2e/soak_resume.py

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from llmopt.bench.in_process import Case, bench_model, grid, measure, run_round, weight_bytes
-from llmopt.bench.machine import cpu_name, describe_machine, read_bandwidth
+from llmopt.bench.machine import cpu_name, describe_machine, float32_flops, read_bandwidth
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.errors import InputError, LlmoptError
@@ -72,18 +72,20 @@ def test_no_rounds_are_refused(folder):
 
 def test_the_whole_report(folder, monkeypatch):
     monkeypatch.setattr("llmopt.bench.machine.PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("llmopt.bench.machine.PROBE_SIZE", 64)
     cases = grid([8], [1, 4], [2])
     report = bench_model(folder, cases, repeats=2, seed=0, progress=silent, backend="reference")
     assert [(run["phase"], run["gen_len"]) for run in report["runs"]] == [("prefill", 1), ("prefill", 4), ("decode", 4)]
     for run in report["runs"]:
         speed = run["tokens_per_s"]
         assert 0 < speed["min"] <= speed["median"] <= speed["max"]
-    assert set(report["machine"]) == {"cpu", "cores", "memory_gb_per_s", "gpu"}
+    assert set(report["machine"]) == {"cpu", "cores", "memory_gb_per_s", "float32_gflops", "gpu"}
     assert report["weight_bytes"] == weight_bytes(folder) > 10_000
 
 
-def test_the_machine_has_a_name_and_a_bandwidth():
+def test_the_machine_has_a_name_and_limits():
     cpu = torch.device("cpu")
     assert cpu_name()
     assert read_bandwidth(cpu, size=1 << 20, seconds=0.0) > 1e6
+    assert float32_flops(cpu, size=64, seconds=0.0) > 1e6
     assert describe_machine(cpu)["gpu"] is None
