@@ -1,10 +1,11 @@
 """Times the CPU kernels on SmolLM2's shapes, beside torch in float32 and the machine's own limits.
 
-Run as `python -m llmopt.kernels.bench`; prints a Markdown table. The limit of a product is the longer of two times: to
-read the packed weight once at the memory's measured bandwidth, and to do its multiplications and additions at the
-speed that torch's float32 product of two square matrices reaches here. Both of these come from their fastest round,
-because a limit is what the machine can do at all; times are medians of rounds in which the kernel and torch take turns.
-On a machine that others use, compare the two columns of times and mistrust the rest.
+Run as `python -m llmopt.kernels.bench`; prints a Markdown table, with `--sampling` that of sampling. The limit of a
+product is the longer of two times: to read the packed weight once at the memory's measured bandwidth, and to do its
+multiplications and additions at the speed that torch's float32 product of two square matrices reaches here. Both of
+these come from their fastest round, because a limit is what the machine can do at all; times are medians of rounds in
+which the kernel and torch take turns. On a machine that others use, compare the two columns of times and mistrust the
+rest.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,6 +22,9 @@ from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
 COLD_BYTES = 96 << 20  # copies of a weight are used in turn, so many bytes of them that caches do not hold them
 ROUNDS = 9
 ROUND_SECONDS = 0.003  # a round repeats short products for about so long
+
+SAMPLED_ROWS, SAMPLED_VOCABULARY = 32, 49152
+PENALISED = 500  # tokens of each row
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--instruction-set", default="auto", choices=["auto", *instruction_sets()])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 512])
+    parser.add_argument("--sampling", action="store_true", help="time sampling in place of products")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     multiplier = Multiplier(options.threads, options.instruction_set)
+    if options.sampling:
+        print_sampling(multiplier)
+        return
     bandwidth, flops = memory_bandwidth(), torch_flops()
     print(
         f"{multiplier.instruction_set}, {options.threads} threads; memory {bandwidth / 1e9:.1f} GB/s, "
@@ -93,6 +102,31 @@ def measure(
         f"| {1e6 * limit:.0f} | {100 * limit / seconds:.0f}% | {weights[0].nbytes / seconds / 1e9:.1f} "
         f"| {work / seconds / 1e9:.0f} | {1e6 * torch_seconds:.0f} |"
     )
+
+
+def print_sampling(multiplier: Multiplier) -> None:
+    """The table of sampling: medians for SAMPLED_ROWS rows of random logits with a standard deviation of 3."""
+    rows, vocabulary = SAMPLED_ROWS, SAMPLED_VOCABULARY
+    logits, tokens = 3 * torch.randn(rows, vocabulary), torch.empty(rows, dtype=torch.int64)
+    one = torch.ones(rows)
+    # Penalties of nothing are as much work as others, and leave the logits as they are for the next round.
+    starts, seen = PENALISED * torch.arange(rows + 1), torch.randint(vocabulary, (rows * PENALISED,), dtype=torch.int32)
+    penalties = (one, 0 * one, 0 * one, starts, seen, torch.ones_like(seen))
+
+    def draws(top_k: int, top_p: float, min_p: float) -> tuple[torch.Tensor, ...]:
+        all_top_k = torch.full((rows,), top_k)
+        return 0.8 * one, all_top_k, top_p * one, min_p * one, torch.rand(rows, dtype=torch.float64)
+
+    print(f"| sampling {rows} × {vocabulary:,}, {multiplier.instruction_set}, {multiplier.threads} threads | ms |")
+    print("| --- | --- |")
+    for name, settings in (
+        ("greedy", (None, None)),
+        ("temperature", (draws(0, 1, 0), None)),
+        ("penalties, temperature, top-k 50, top-p 0.95, min-p 0.05", (draws(50, 0.95, 0.05), penalties)),
+    ):
+        arguments = (logits.data_ptr(), rows, vocabulary, tokens.data_ptr(), *settings, None)
+        (times,) = rounds(partial(multiplier.sample, *arguments))
+        print(f"| {name} | {1e3 * median(times):.2f} |")
 
 
 def cold_weights(shape: Shape) -> list[PackedWeight]:
