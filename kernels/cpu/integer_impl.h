@@ -57,6 +57,7 @@ inline Floats offset_at(const TileOf& own, int64_t group, int part, Floats scale
   return scale * to_floats(__builtin_convertvector(load<Bytes>(weight.zeros + at), Ints));
 }
 
+constexpr int64_t kStreamedRows = 2;
 constexpr int64_t kAhead = 1024;  // words: the memory's latency, at the speed at which one row reads it
 
 // kTiles tiles, of one weight or of two of the same kind, times the first kRows rows of a block. Several tiles at once
@@ -81,7 +82,7 @@ struct TileProduct {
 #pragma GCC unroll 4
       for (int column = 0; column < kVectors; ++column) {
         const uint32_t* from = words[column / kParts] + column % kParts * kLanes;
-        if constexpr (kRows <= 2) {
+        if constexpr (kRows <= kStreamedRows) {
           if (v == 0) __builtin_prefetch(from + kAhead);
         }
         const Words bytes = Unpack::part(from, v);
@@ -178,7 +179,8 @@ void integer_rows(const TileOf* tiles, const Rounded& x, int64_t block, int64_t 
 template <int kBits>
 void integer_count(const TileOf* tiles, int64_t count, const Rounded& x, int64_t block, int64_t rows, float* out) {
   if constexpr (kTilesTogether > 1) {
-    if (count == kTilesTogether) return integer_rows<kBits, kTilesTogether>(tiles, x, block, rows, out);
+    // With few rows nothing is gained, and the memory is read in one run rather than in two.
+    if (count == kTilesTogether && rows > kStreamedRows) return integer_rows<kBits, kTilesTogether>(tiles, x, block, rows, out);
   }
   for (int64_t t = 0; t < count; ++t) integer_rows<kBits, 1>(tiles + t, x, block, rows, out + t * rows * kTile);
 }
