@@ -58,7 +58,7 @@ inline Floats offset_at(const TileOf& own, int64_t group, int part, Floats scale
 }
 
 constexpr int64_t kStreamedRows = 2;
-constexpr int64_t kAhead = 1024;  // words: the memory's latency, at the speed at which one row reads it
+constexpr int64_t kAhead = 256;  // words: the memory's latency, at the speed at which one row reads it
 
 // kTiles tiles, of one weight or of two of the same kind, times the first kRows rows of a block. Several tiles at once
 // halve what is loaded of x for each product.

@@ -6,7 +6,7 @@
 namespace llmopt {
 namespace {
 
-constexpr int64_t kItemsPerThread = 8;  // so that a thread that lost its core leaves little behind
+constexpr int64_t kItemsPerThread = 4;  // so that a thread that lost its core leaves little behind
 constexpr int64_t kMostBlockRows = 16, kMostTiles = 2;
 using TileResult = float[kMostTiles * kMostBlockRows * kTile];
 
