@@ -6,10 +6,14 @@ multiplications and additions at the speed that torch's float32 product of two s
 these come from their fastest round, because a limit is what the machine can do at all; times are medians of rounds in
 which the kernel and torch take turns. On a machine that others use, compare the two columns of times and mistrust the
 rest.
+
+With `--attention` it times attention over the paged cache instead, of all 30 layers of SmolLM2-135M, each with a cache
+of its own whose blocks lie in random order. Layers take turns, and each one's fastest counts.
 """
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
+from llmopt.kernels._cpu import AttentionShape, LayerCache, Multiplier, PackedWeight, PagedStep, instruction_sets
 
 COLD_BYTES = 96 << 20  # copies of a weight are used in turn, so many bytes of them that caches do not hold them
 ROUNDS = 9
@@ -49,17 +53,43 @@ SHAPES = (
 )
 
 
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 30, 9, 3, 64, 16
+ATTENTION_SECONDS = 1.0
+CACHES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A step of sequences that each have so many tokens in the cache, the last `queries` of them new."""
+
+    sequences: int
+    context: int
+    queries: int = 1
+
+
+ATTENTIONS = (Attention(1, 128), Attention(32, 192), Attention(1, 8192), Attention(1, 512, queries=512))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the CPU kernels beside torch and the machine's limits.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--instruction-set", default="auto", choices=["auto", *instruction_sets()])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 512])
     parser.add_argument("--sampling", action="store_true", help="time sampling in place of products")
+    parser.add_argument("--attention", action="store_true", help="time attention over the paged cache instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     multiplier = Multiplier(options.threads, options.instruction_set)
     if options.sampling:
         print_sampling(multiplier)
+        return
+    if options.attention:
+        print(f"{multiplier.instruction_set}, {options.threads} threads; memory {memory_bandwidth() / 1e9:.1f} GB/s\n")
+        print("| sequences | context | queries | cache | store µs | attend µs | GB/s | GFLOPS |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for attention in ATTENTIONS:
+            for kind in CACHES:
+                print(measure_attention(multiplier, attention, kind), flush=True)
         return
     bandwidth, flops = memory_bandwidth(), torch_flops()
     print(
@@ -127,6 +157,52 @@ def print_sampling(multiplier: Multiplier) -> None:
         arguments = (logits.data_ptr(), rows, vocabulary, tokens.data_ptr(), *settings, None)
         (times,) = rounds(partial(multiplier.sample, *arguments))
         print(f"| {name} | {1e3 * median(times):.2f} |")
+
+
+def measure_attention(multiplier: Multiplier, attention: Attention, kind: str) -> str:
+    """One row of the table of attention; bytes and operations are those of attending, not of storing."""
+    sequences, queries, context = attention.sequences, attention.queries, attention.context
+    count, blocks = sequences * queries, sequences * context // BLOCK
+    tables = torch.randperm(blocks).int().view(sequences, -1)
+    positions = torch.arange(context - queries, context)
+    slots = tables[:, positions // BLOCK].long() * BLOCK + positions % BLOCK
+    starts = torch.arange(sequences + 1, dtype=torch.int32) * queries
+    contexts = torch.full((sequences,), context, dtype=torch.int32)
+    angles = torch.rand(count, HEAD_DIM // 2)
+    cos, sin = angles.cos(), angles.sin()
+    addresses = (array.data_ptr() for array in (starts, contexts, tables, slots, cos, sin))
+    step = PagedStep(sequences, count, tables.shape[1], *addresses)
+    shape = AttentionShape(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, BLOCK, 0, HEAD_DIM**-0.5, kind=kind)
+    qkv, out = torch.randn(count, HEADS + 2 * KV_HEADS, HEAD_DIM), torch.empty(count, HEADS, HEAD_DIM)
+    numbers = [torch.randn(2, blocks, KV_HEADS * BLOCK * HEAD_DIM).to(CACHES[kind]) for _ in range(LAYERS)]
+    scales = torch.rand(2, LAYERS, blocks, KV_HEADS * BLOCK)
+    layers = [
+        LayerCache(keys.data_ptr(), values.data_ptr(), scales[0, layer].data_ptr(), scales[1, layer].data_ptr())
+        for layer, (keys, values) in enumerate(numbers)
+    ]
+
+    stored = fastest(layers, lambda layer: multiplier.rotate_and_store(shape, step, qkv.data_ptr(), layer))
+    attended = fastest(
+        layers, lambda layer: multiplier.attend_paged(shape, step, qkv.data_ptr(), out.data_ptr(), layer)
+    )
+    read = LAYERS * (2 * sequences * context * KV_HEADS * HEAD_DIM * CACHES[kind].itemsize)
+    work = LAYERS * 4 * HEADS * HEAD_DIM * sequences * int((positions + 1).sum())
+    return (
+        f"| {sequences} | {context} | {queries} | {kind} | {1e6 * stored:.0f} | {1e6 * attended:.0f} "
+        f"| {read / attended / 1e9:.1f} | {work / attended / 1e9:.0f} |"
+    )
+
+
+def fastest(layers: list[LayerCache], function: Callable[[LayerCache], object]) -> float:
+    """Seconds of one call with each layer, each in its fastest of many turns."""
+    times = [math.inf] * len(layers)
+    end = time.perf_counter() + ATTENTION_SECONDS
+    while time.perf_counter() < end:
+        for index, layer in enumerate(layers):
+            start = time.perf_counter()
+            function(layer)
+            times[index] = min(times[index], time.perf_counter() - start)
+    return sum(times)
 
 
 def cold_weights(shape: Shape) -> list[PackedWeight]:

@@ -60,6 +60,13 @@ inline Words widen_uint8(const void* from) {
   return reinterpret_cast<Words>(_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from))));
 }
 
+// The entries of a table of eight that the halves of each word name; of higher numbers the result means nothing.
+inline Words look_up(const uint16_t* table, Words indices) {
+  const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  const Words bytes = (indices << 1 | indices << 9) + 0x01000100;  // both bytes of each entry
+  return reinterpret_cast<Words>(_mm256_shuffle_epi8(entries, reinterpret_cast<__m256i>(bytes)));
+}
+
 inline Ints dot_int16(Ints sum, Words a, Words b) {
   return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }

@@ -40,6 +40,12 @@ inline Words widen_uint8(const void* from) {
   return reinterpret_cast<Words>(_mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
 }
 
+// The entries of a table of eight that the halves of each word name; of higher numbers the result means nothing.
+inline Words look_up(const uint16_t* table, Words indices) {
+  const __m512i entries = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return reinterpret_cast<Words>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(indices), entries));
+}
+
 #if defined(__AVX512VNNI__)
 
 inline Ints dot_int16(Ints sum, Words a, Words b) {

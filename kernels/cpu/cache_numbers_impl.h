@@ -37,13 +37,17 @@ inline Vector larger(Vector a, Vector b) {
   return a > b ? a : b;
 }
 
-template <class Vector>
-inline auto largest_of(Vector value) {
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    value = larger(value, __builtin_shuffle(value, lane_numbers() ^ step));
+// The largest of a vector's lanes, by halving it.
+template <class Element, int kCount, class Vector>
+inline Element largest_of(Vector value) {
+  if constexpr (kCount == 4) {
+    return larger(larger(value[0], value[1]), larger(value[2], value[3]));
+  } else {
+    typedef Element Half __attribute__((vector_size(sizeof(Element) * kCount / 2)));
+    Half parts[2];
+    std::memcpy(parts, &value, sizeof parts);
+    return largest_of<Element, kCount / 2>(larger(parts[0], parts[1]));
   }
-  return value[0];
 }
 
 // The bits of a magnitude, which grow with it. A NaN has more than any number, so that the largest of them shows it.
@@ -52,7 +56,7 @@ inline Words magnitude_bits(Floats value) { return reinterpret_cast<Words>(value
 inline float largest_magnitude(const float* x, int64_t count) {
   Words largest{};
   for (int64_t i = 0; i < count; i += kLanes) largest = larger(magnitude_bits(load<Floats>(x + i)), largest);
-  const uint32_t bits = largest_of(largest);
+  const uint32_t bits = largest_of<uint32_t, kLanes>(largest);
   float magnitude;
   std::memcpy(&magnitude, &bits, sizeof magnitude);
   return magnitude;
@@ -110,12 +114,13 @@ inline float encode_fp8(const float* x, int64_t count, uint8_t* codes) {
 // Expands `count` pairs of fp8, a multiple of 16, to bfloat16, which holds every e4m3 number.
 inline void expand_fp8(const char* codes, int64_t count, char* to) {
   typedef uint16_t Numbers __attribute__((vector_size(kVectorBytes)));
-  const Numbers table{0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  static constexpr uint16_t kTiny[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
   for (int64_t i = 0; i < count; i += kLanes) {
     const Numbers code = reinterpret_cast<Numbers>(widen_uint8(codes + 2 * i)), magnitude = code & 0x7f;
     // Seven bits moved to the place of bfloat16's exponent and mantissa lack 120 in the exponent. The numbers without
     // a leading one, 0 to 7 times 2^-9, come from a table.
-    Numbers value = magnitude < 8 ? __builtin_shuffle(table, magnitude) : (magnitude << 4) + 0x3c00;
+    const Numbers tiny = reinterpret_cast<Numbers>(look_up(kTiny, reinterpret_cast<Words>(magnitude)));
+    Numbers value = magnitude < 8 ? tiny : (magnitude << 4) + 0x3c00;
     value = magnitude == 0x7f ? Numbers{} + 0x7fc0 : value;  // not a number
     value |= (code & 0x80) << 8;
     std::memcpy(to + 4 * i, &value, sizeof value);

@@ -314,6 +314,8 @@ void attend(const AttentionItem& item, float* scores) {
 }  // namespace llmopt
 
 #include "cache_numbers_impl.h"
+#include "softmax_impl.h"
+
 #include "paged_attention_impl.h"
 #include "paged_store_impl.h"
 #include "sample_impl.h"

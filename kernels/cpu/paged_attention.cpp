@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kStoredTokens = 4;  // an item of work on tokens by themselves
 constexpr int64_t kTileRows = 48;     // of a tile, unless the heads of one query are more
-constexpr int64_t kFewItems = 4;      // a thread: with fewer, long contexts are split into spans
+constexpr int64_t kFewItems = 4;      // a thread: with fewer, items are split
 constexpr int64_t kSpansAtOnce = 32;  // of a split context, so that their states stay small
 
 template <class Element>
@@ -45,7 +45,7 @@ class Workspace {
 
 thread_local Workspace workspace;
 
-// One attention over a step.
+// One attention over a step: its tiles, the longest work first, so that no thread is left with it at the end.
 class PagedAttention {
  public:
   PagedAttention(ThreadPool& pool, const Kernels& kernels, const AttentionShape& shape, const PagedStep& step,
@@ -60,22 +60,32 @@ class PagedAttention {
                           context - (end - row), context, step.tables + sequence * step.table_width});
       }
     }
+    std::stable_sort(tiles_.begin(), tiles_.end(),
+                     [this](const QueryTile& a, const QueryTile& b) { return work_of(a) > work_of(b); });
   }
 
   void run() {
-    const auto tiles = static_cast<int64_t>(tiles_.size());
-    const int64_t few = kFewItems * pool_.threads();
-    if (tiles >= few) {
+    if (tiles_.empty()) return;
+    int64_t work = 0;
+    for (const QueryTile& tile : tiles_) work += work_of(tile);
+    const int64_t few = kFewItems * pool_.threads(), parts = static_cast<int64_t>(tiles_.size()) * shape_.kv_heads;
+    const Spans spans = all_spans();
+    if (work_of(tiles_[0]) * few <= work) {
       run_whole(1);
-    } else if (tiles * shape_.kv_heads >= few || pool_.threads() == 1 || !any_long()) {
+    } else if (parts >= few || pool_.threads() == 1 || spans.last - spans.first == 1) {
       run_whole(shape_.kv_heads);
     } else {
-      run_split();
+      run_split(spans);
     }
   }
 
  private:
   int64_t rows_of(const QueryTile& tile) const { return tile.count * shared_; }
+
+  int64_t work_of(const QueryTile& tile) const {
+    const Spans spans = spans_of(tile);
+    return (spans.last - spans.first) * tile.count;
+  }
 
   Spans spans_of(const QueryTile& tile) const {
     const int64_t first = shape_.window > 0 ? std::max<int64_t>(0, tile.position + 1 - shape_.window) : 0;
@@ -87,11 +97,10 @@ class PagedAttention {
                           workspace.scratch(rows_of(tile), shape_.head_dim));
   }
 
-  // An item is a tile, with `parts` of its key heads. The last tiles of a prompt, which are the longest work, go first.
+  // An item is a tile and all of its key heads, or one of `parts` equal runs of them.
   void run_whole(int64_t parts) {
-    const auto tiles = static_cast<int64_t>(tiles_.size());
-    pool_.run(tiles * parts, [&](int64_t item) {
-      const QueryTile& tile = tiles_[static_cast<size_t>(tiles - 1 - item / parts)];
+    pool_.run(static_cast<int64_t>(tiles_.size()) * parts, [&](int64_t item) {
+      const QueryTile& tile = tiles_[static_cast<size_t>(item / parts)];
       const int64_t heads = shape_.kv_heads / parts, first = item % parts * heads;
       float* states = workspace.states(heads * rows_of(tile) * state_floats(shape_.head_dim));
       attend(tile, {first, first + heads}, spans_of(tile), states);
@@ -100,9 +109,8 @@ class PagedAttention {
   }
 
   // Each span by itself, then their states merged in order: the same additions as in run_whole.
-  void run_split() {
+  void run_split(Spans all) {
     const int64_t parts = static_cast<int64_t>(tiles_.size()) * shape_.kv_heads, size = largest_states();
-    const Spans all = all_spans();
     float* merged = workspace.states((1 + kSpansAtOnce) * parts * size);
     float* single = merged + parts * size;
     for (int64_t from = all.first; from < all.last; from += kSpansAtOnce) {
@@ -136,12 +144,6 @@ class PagedAttention {
     int64_t rows = 0;
     for (const QueryTile& tile : tiles_) rows = std::max(rows, rows_of(tile));
     return rows * state_floats(shape_.head_dim);
-  }
-
-  bool any_long() const {
-    return std::any_of(tiles_.begin(), tiles_.end(), [this](const QueryTile& tile) {
-      return spans_of(tile).last - spans_of(tile).first > 1;
-    });
   }
 
   Spans all_spans() const {

@@ -5,17 +5,18 @@
 //   dot_bfloat16(sum, a, b)             sum + the products of both bfloat16 of a and b, lane by lane
 //   dot_int16(sum, a, b)                the same of signed integers
 //   store_bfloat16(to, floats)          rounds and stores one vector
+//   widen_int8(from), widen_uint8       consecutive 8-bit numbers as 16-bit ones, two in a word
+//   look_up(table, indices)             entries of a table of eight 16-bit numbers
 //
 // A row's result never depends on the rows beside it: spans of keys begin at absolute positions, a span's sums are
 // taken by themselves in the order of its keys, and spans are merged in order (the online softmax of Dao et al. 2022,
-// arXiv:2205.14135). What a row does not see has the weight 0 and adds nothing.
+// arXiv:2205.14135; softmax_impl.h). What a row does not see has the weight 0 and adds nothing.
 
 namespace llmopt {
 namespace {
 
 constexpr int64_t kSpanGroups = kSpan / kGroup;
 constexpr int64_t kGroupVectors = kGroup / kLanes;
-constexpr float kLowest = -3.0e38F;  // no score is less; finite, because the difference of two infinities is no number
 constexpr float kLog2E = 1.44269504F;
 
 // Keys or values of a span in pairs, by groups of 16 tokens.
@@ -30,20 +31,6 @@ struct Range {
 };
 
 inline int64_t clamped(int64_t token) { return token < 0 ? 0 : token < kSpan ? token : kSpan; }
-
-// 2^x for x <= 0, within 2e-7 of it, and 0 below 2^-126. The polynomial is fitted to 2^x on [-1/2, 1/2].
-inline Floats power_of_two(Floats x) {
-  const Floats shifted = x + 0x1.8p23F;  // its lowest bits are x, rounded to an integer
-  const Floats fraction = x - (shifted - 0x1.8p23F);
-  Floats power = broadcast(1.326472715e-3F);
-  power = power * fraction + 9.671512643e-3F;
-  power = power * fraction + 5.550733743e-2F;
-  power = power * fraction + 2.402224209e-1F;
-  power = power * fraction + 6.931469776e-1F;
-  power = power * fraction + 1.0F;
-  const Floats whole = reinterpret_cast<Floats>((reinterpret_cast<Words>(shifted) << 23) + (127U << 23));
-  return x < -126.0F ? Floats{} : power * whole;
-}
 
 // `value` in these lanes, `otherwise` in the others.
 inline Floats within(Range lanes, Floats value, float otherwise) {
@@ -159,10 +146,10 @@ class SpanWork {
 
   // Clears bfloat16 values [kGroup / 2][head_dim][2] from token `held` on.
   void clear_after(int64_t held, char* values) const {
-    const int64_t dim = shape_.head_dim;
-    for (int64_t token = held; token < kGroup; ++token) {
-      char* to = values + (token / 2 * dim * 2 + token % 2) * 2;
-      for (int64_t i = 0; i < dim; ++i) std::memset(to + 4 * i, 0, 2);
+    const int64_t row = shape_.head_dim * Bfloat16Pairs::kBytes, begun = (held + 1) / 2;
+    std::memset(values + begun * row, 0, static_cast<size_t>((kGroup / 2 - begun) * row));
+    for (int64_t i = 0; held % 2 && i < shape_.head_dim; ++i) {  // the second tokens of the last pair
+      std::memset(values + held / 2 * row + i * Bfloat16Pairs::kBytes + 2, 0, 2);
     }
   }
 
@@ -285,7 +272,7 @@ class SpanWork {
       store(scores + at, score, kLanes);
       largest = larger(score, largest);
     }
-    return largest_of(largest);
+    return largest_of<float, kLanes>(largest);
   }
 
   // Sums of kRows rows' weighted values, of these vectors of channels, to the rows' states.
@@ -329,20 +316,6 @@ class SpanWork {
   Range groups_;  // what any row sees
 };
 
-// Never inlined, so that its products and sums are fused in the same way wherever states are merged.
-__attribute__((noinline)) void merge_states(float* state, const float* next, int64_t rows, int64_t head_dim) {
-  const int64_t sums = head_dim + kGroup;  // of values and of weights
-  for (int64_t row = 0; row < rows; ++row, state += state_floats(head_dim), next += state_floats(head_dim)) {
-    const float difference = state[sums] - next[sums];
-    const float power = power_of_two(broadcast(difference < 0 ? difference : -difference))[0];
-    const float kept = difference < 0 ? power : 1.0F, added = difference < 0 ? 1.0F : power;
-    for (int64_t i = 0; i < sums; i += kLanes) {
-      store(state + i, load<Floats>(state + i) * kept + load<Floats>(next + i) * added, kLanes);
-    }
-    if (difference < 0) state[sums] = next[sums];
-  }
-}
-
 // Rounds the queries of a key head's rows to 16 bits, and lets the rows have seen nothing.
 inline void begin_rows(const AttentionShape& shape, const QueryTile& tile, int64_t head, float* states,
                        const AttentionScratch& scratch) {
@@ -356,9 +329,7 @@ inline void begin_rows(const AttentionShape& shape, const QueryTile& tile, int64
     } else {
       encode_bfloat16(query, dim, pairs);
     }
-    float* state = states + row * state_floats(dim);
-    std::memset(state, 0, static_cast<size_t>(dim + kGroup) * sizeof *state);
-    state[dim + kGroup] = kLowest;
+    clear_state(states + row * state_floats(dim), dim);
   }
 }
 
@@ -377,19 +348,6 @@ void attend_spans(const AttentionShape& shape, const LayerCache& cache, const Qu
       if (!more && head + 1 < heads.last) SpanWork(shape, cache, tile, scratch, head + 1, spans.first).fetch_keys();
       work.sum_values();
       merge_states(states, scratch.partial, rows, shape.head_dim);
-    }
-  }
-}
-
-void finish(const AttentionShape& shape, const QueryTile& tile, Heads heads, const float* states) {
-  const int64_t shared = shape.heads / shape.kv_heads, dim = shape.head_dim;
-  for (int64_t head = heads.first; head < heads.last; ++head) {
-    for (int64_t row = 0; row < tile.count * shared; ++row, states += state_floats(dim)) {
-      Floats weights{};
-      for (int64_t i = 0; i < kGroup; i += kLanes) weights += load<Floats>(states + dim + i);
-      const float inverse = 1.0F / sum_of(weights);
-      float* out = tile.out + row / shared * tile.out_stride + (head * shared + row % shared) * dim;
-      for (int64_t i = 0; i < dim; i += kLanes) store(out + i, load<Floats>(states + i) * inverse, kLanes);
     }
   }
 }

@@ -59,6 +59,15 @@ inline Words widen_uint8(const void* from) {
   return reinterpret_cast<Words>(__builtin_convertvector(narrow, Shorts));
 }
 
+// The entries of a table of eight that the halves of each word name; of higher numbers the result means nothing.
+inline Words look_up(const uint16_t* table, Words indices) {
+  Words entries;
+  for (int lane = 0; lane < kVectorBytes / 4; ++lane) {
+    entries[lane] = table[indices[lane] & 7] | static_cast<uint32_t>(table[indices[lane] >> 16 & 7]) << 16;
+  }
+  return entries;
+}
+
 inline Ints dot_int16(Ints sum, Words a, Words b) {
   sum += (reinterpret_cast<Ints>(a << 16) >> 16) * (reinterpret_cast<Ints>(b << 16) >> 16);
   sum += (reinterpret_cast<Ints>(a) >> 16) * (reinterpret_cast<Ints>(b) >> 16);
