@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 WORD = 32
+_WIDE = {1: torch.int64, 2: torch.int32, 4: torch.int16}  # as many bytes as a byte has codes of so many bits
 
 
 def words_for(count: int, bits: int) -> int:
@@ -34,6 +35,29 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """Unpack int32 [..., ceil(count * bits / 32)] into uint8 [..., count]."""
+    codes = _unpack_straddling(words, bits) if 8 % bits else spread(words.contiguous().view(torch.uint8), bits)
+    return codes[..., :count].contiguous()
+
+
+def spread(packed: Tensor, bits: int) -> Tensor:
+    """The codes of 1, 2, 4 or 8 bits in each byte, lowest first: uint8 [..., n] to uint8 [..., n * 8 / bits].
+
+    A byte becomes a number as wide as its codes will be, which is pulled apart half by half in whole registers.
+    """
+    if bits == 8:
+        return packed
+    wide = packed.to(_WIDE[bits])
+    distance, width = 64 // bits, 8
+    while width > bits:
+        distance, width = distance // 2, width // 2
+        mask = sum(((1 << width) - 1) << at for at in range(0, 64 // bits, distance))
+        wide |= wide << (distance - width)
+        wide &= mask
+    return wide.view(torch.uint8)
+
+
+def _unpack_straddling(words: Tensor, bits: int) -> Tensor:
+    """As `unpack`, for widths whose codes may straddle two words, with what is left over at the end."""
     period, width = _pattern(bits)
     repeats = pad(words, (0, -words.shape[-1] % width)).unflatten(-1, (-1, width))
     codes = torch.empty(*repeats.shape[:-1], period, dtype=torch.uint8, device=words.device)
@@ -43,7 +67,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         if shift + bits > WORD:
             code |= repeats[..., word + 1] << (WORD - shift) & ((1 << bits) - 1)
         codes[..., i] = code
-    return codes.flatten(-2)[..., :count].contiguous()
+    return codes.flatten(-2)
 
 
 def _pattern(bits: int) -> tuple[int, int]:

@@ -278,7 +278,7 @@ def _load_pairs(module: str, load: Load, group_size: int) -> Tensor:
     packed = load_as(load, f"{module}.weight_packed", (None, None), torch.uint8)
     if 2 * packed.shape[1] % group_size:
         raise InputError(f"{module}.weight_packed has {2 * packed.shape[1]} inputs, not whole groups of {group_size}")
-    return torch.stack((packed & 0xF, packed >> 4), dim=2).flatten(1)
+    return bit_stream.spread(packed, 4)
 
 
 def _check_e4m3(name: str, numbers: Tensor) -> None:

@@ -5,18 +5,21 @@ A row is cut into blocks of 32 weights, or of 256 for the K-quants. What a block
 which `gguf_k_scales.py` packs, times a float16 for the whole block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmopt.errors import LlmoptError
+from llmopt.weights.formats import bits as bit_stream
 from llmopt.weights.formats.base import to_float16
 from llmopt.weights.formats.gguf_k_scales import K_SCALES
 from llmopt.weights.numbers import FP4, INT
 from llmopt.weights.quantized import QuantizedTensor, Scales, TwoLevel
 
 SCALE, MINIMUM, POWER = "scale", "minimum", "power"  # fields: two of float16, and one of a byte, 2**(byte - 127)
+CODES_AT_ONCE = 1 << 20  # decoded together: intermediate values in a cache cost less than fresh memory
 _FIELD_BYTES = {SCALE: 2, MINIMUM: 2, POWER: 1}
 
 
@@ -29,7 +32,7 @@ class Plane:
 
     Attributes:
         width: bits of a code that lie here.
-        run: bytes of a run.
+        run: bytes of a run, 1 or a multiple of 8.
         low: which bit of a code is the lowest of them.
     """
 
@@ -37,14 +40,28 @@ class Plane:
     run: int
     low: int = 0
 
-    def unpack(self, field: Tensor) -> Tensor:
-        """uint8 [out, blocks, bytes] to the bits of codes in their place, uint8 [out, blocks, weights]."""
+    def unpack(self, field: Tensor, codes: Tensor) -> None:
+        """Put the bits in a field, uint8 [out, blocks, bytes], in their place in codes, uint8 [out, blocks, weights].
+        The plane with the lowest bits overwrites what is there, another adds to it."""
+        for place, bits in self._parts(field, codes):
+            if self.low:
+                place |= bits << self.low
+            else:
+                place.copy_(bits)
+
+    def _parts(self, field: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of codes and the bits that belong there; both of bytes, or of eight bytes at once."""
         if self.width == 8:
-            return field
-        runs = field.unflatten(2, (-1, 1, self.run))
-        mask = (1 << self.width) - 1
-        parts = [(runs >> shift & mask) << self.low for shift in range(0, 8, self.width)]
-        return torch.cat(parts, dim=3).flatten(2)
+            yield codes, field
+        elif self.run == 1:
+            yield codes, bit_stream.spread(field, self.width)
+        else:
+            words = field.clone(memory_format=torch.contiguous_format).view(torch.int64)
+            runs = words.unflatten(2, (-1, self.run // 8))
+            places = codes.view(torch.int64).unflatten(2, (-1, 8 // self.width, self.run // 8))
+            mask = ((1 << self.width) - 1) * 0x0101010101010101
+            for index in range(8 // self.width):
+                yield places[:, :, :, index], (runs >> index * self.width).bitwise_and_(mask)
 
     def pack(self, codes: Tensor) -> Tensor:
         """The inverse of `unpack`."""
@@ -74,6 +91,11 @@ class BlockType:
     group: int = 32
     block: int = 32
     flipped: bool = False
+
+    @property
+    def planes(self) -> list[Plane]:
+        """Those with the lowest bits first."""
+        return sorted((field for field in self.fields if isinstance(field, Plane)), key=lambda plane: plane.low)
 
     @property
     def packed_scales(self) -> str | None:
@@ -152,12 +174,17 @@ def encode_blocks(weight: QuantizedTensor) -> Tensor:
 def decode_blocks(kind: str, blocks: Tensor) -> QuantizedTensor:
     """The codes in blocks of a type of `BLOCK_TYPES`, given as uint8 [out, bytes of a row]."""
     layout = BLOCK_TYPES[kind]
-    parts = blocks.unflatten(1, (-1, sum(layout.sizes))).split(layout.sizes, dim=2)
+    rows, count = blocks.shape[0], blocks.shape[1] // sum(layout.sizes)
+    parts = blocks.unflatten(1, (count, -1)).split(layout.sizes, dim=2)
     found = dict(zip(layout.fields, parts, strict=True))
-    planes = [field.unpack(found[field]) for field in layout.fields if isinstance(field, Plane)]
-    codes = planes[0] if len(planes) == 1 else planes[0].bitwise_or_(planes[1])
-    if layout.flipped:
-        codes = codes ^ 0x80
+    codes = blocks.new_empty(rows, count, layout.block)
+    step = max(1, CODES_AT_ONCE // (count * layout.block))
+    for first in range(0, rows, step):
+        some = slice(first, first + step)
+        for plane in layout.planes:
+            plane.unpack(found[plane][some], codes[some])
+        if layout.flipped:
+            codes[some] ^= 0x80
     scales, minimums = _decode_scales(layout, found)
     number = FP4 if POWER in found else INT
     return QuantizedTensor(codes.flatten(1), scales, None, None, layout.bits, number=number, minimums=minimums)

@@ -53,9 +53,11 @@ def _pack_sixes(scales: Tensor, minimums: Tensor) -> Tensor:
 
 
 def _unpack_sixes(packed: Tensor) -> tuple[Tensor, ...]:
-    first, low = packed[..., :8], packed[..., 8:]
-    others = torch.cat((low & 15, low >> 4), dim=2) | (first >> 6) << 4
-    return _quarters(first & 63, others)
+    """The bytes of a block are three words: two of the first four numbers of each, one of the others' lowest bits."""
+    one, other, low = packed.clone(memory_format=torch.contiguous_format).view(torch.int32).unbind(2)
+    scales = one & 0x3F3F3F3F, low & 0x0F0F0F0F | one >> 2 & 0x30303030
+    minimums = other & 0x3F3F3F3F, low >> 4 & 0x0F0F0F0F | other >> 2 & 0x30303030
+    return torch.stack(scales, dim=2).view(torch.uint8), torch.stack(minimums, dim=2).view(torch.uint8)
 
 
 def _quarters(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
