@@ -34,7 +34,6 @@ from llmopt.weights.scheme import PER_CHANNEL, Scheme
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_PLACE = tuple(ORDER.index(output) for output in range(8))  # where each output of a word is
 
 
 class _Config(Settings):
@@ -110,9 +109,7 @@ class AWQ(Format):
         if not groups or in_features % groups:
             raise InputError(f"{module}.scales has {groups} groups, which do not divide {in_features} inputs")
         zeros = load_as(load, f"{module}.qzeros", (groups, words), torch.int32)
-        return QuantizedTensor(
-            _unpack(packed).T.contiguous(), scales.T.contiguous(), _unpack(zeros).T.contiguous(), None, BITS
-        )
+        return QuantizedTensor(_unpack(packed), scales.T.contiguous(), _unpack(zeros), None, BITS)
 
     def shape(self, module: str, load: Load) -> tuple[int, int]:
         packed = load_as(load, f"{module}.qweight", (None, None), torch.int32)
@@ -125,6 +122,9 @@ def _pack(values: Tensor) -> Tensor:
 
 
 def _unpack(words: Tensor) -> Tensor:
-    """int32 [rows, outputs / 8] into uint8 [rows, outputs]."""
-    values = bit_stream.unpack(words, BITS, words.shape[1] * len(ORDER))
-    return values.unflatten(1, (-1, len(ORDER)))[..., list(_PLACE)].flatten(1)
+    """int32 [rows, outputs / 8] into uint8 [outputs, rows]."""
+    turned = words.T.contiguous()
+    values = torch.empty(turned.shape[0], len(ORDER), turned.shape[1], dtype=torch.uint8, device=words.device)
+    for place, output in enumerate(ORDER):
+        values[:, output] = turned >> place * BITS & 0xF
+    return values.flatten(0, 1)
