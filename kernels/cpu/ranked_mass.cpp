@@ -50,19 +50,18 @@ RankedMass::RankedMass(const WeighedRow& row, int64_t top_k) : row_(row), masses
 void RankedMass::keep_first(int64_t top_k) {
   std::vector<int32_t> tokens(kBuckets);
   for (int64_t i = 0; i < row_.count; ++i) ++tokens[row_.buckets[i]];
-  int cut = 0;
-  while (tokens[cut] < top_k) top_k -= tokens[cut++];
-  each_token(
-      row_, [end = static_cast<uint16_t>(cut)](uint16_t bucket) { return bucket < end; },
-      [&](int64_t token) { masses_[row_.buckets[token]] += mass_of(row_.weights[token]); });
-  last_ = cut;
+  cut_ = 0;
+  while (tokens[cut_] < top_k) top_k -= tokens[cut_++];
   kept_ = top_k;
-  for (const Member& member : sorted(cut)) masses_[cut] += member.mass;
+  each_token(
+      row_, [end = static_cast<uint16_t>(cut_)](uint16_t bucket) { return bucket < end; },
+      [&](int64_t token) { masses_[row_.buckets[token]] += mass_of(row_.weights[token]); });
+  for (const Member& member : sorted(cut_)) masses_[cut_] += member.mass;
 }
 
 Mass RankedMass::of_share(float share) {
   const int bucket = bucket_at(static_cast<float>(std::log(1.0 / share)));
-  if (bucket > last_) return total_;
+  if (bucket > cut_) return total_;
   Mass sum = std::accumulate(masses_.begin(), masses_.begin() + bucket, Mass{0});
   for (const Member& member : sorted(bucket)) {
     if (std::exp(static_cast<double>(member.logit - row_.top)) >= share) sum += member.mass;
@@ -91,7 +90,7 @@ const std::vector<RankedMass::Member>& RankedMass::sorted(int bucket) {
   std::sort(members_.begin(), members_.end(), [](const Member& a, const Member& b) {
     return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
   });
-  if (bucket == last_) members_.resize(static_cast<size_t>(kept_));
+  if (bucket == cut_) members_.resize(static_cast<size_t>(kept_));
   sorted_ = bucket;
   return members_;
 }

@@ -21,8 +21,9 @@ struct WeighedRow {
   float temperature, top;
 };
 
-// The top_k likeliest tokens of a row (0 for all); of equally likely ones that with the smaller id comes first. Summing the
-// mass of each bucket is one pass over the row; after that only the buckets that a question falls into are sorted.
+// The top_k likeliest tokens of a row (0 for all); of equally likely ones that with the smaller id comes first. The
+// mass of each bucket is summed in one pass over the row; after that only the buckets that a question falls into are
+// sorted.
 class RankedMass {
  public:
   RankedMass(const WeighedRow& row, int64_t top_k);
@@ -53,10 +54,10 @@ class RankedMass {
   WeighedRow row_;
   std::vector<Mass> masses_;  // of each bucket
   Mass total_;
-  int last_ = kBuckets;  // the bucket that top-k cuts through, none as yet
-  int64_t kept_ = 0;     // how many of its tokens stay
-  std::vector<Member> members_;  // of the bucket that was sorted last
-  int sorted_ = -1;
+  int cut_ = kBuckets;  // the bucket that top-k cuts through; kBuckets where there is none
+  int64_t kept_ = 0;    // how many of its tokens stay
+  int sorted_ = -1;     // the bucket that was sorted last
+  std::vector<Member> members_;  // its tokens
 };
 
 }  // namespace llmopt

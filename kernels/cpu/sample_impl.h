@@ -51,8 +51,8 @@ Largest largest(const float* x, int64_t count) {
   return {x[first], first};
 }
 
-// e^-d for d from 0 to kFurthest, to 2 units in the last place: -d = r - n ln 2 with |r| at most ln 2 / 2 (in two parts,
-// the first of which has few bits, so that its multiples are exact), then Taylor's series to r^7.
+// e^-d for d from 0 to kFurthest, to 1.1 units in the last place: -d = r - n ln 2 with |r| at most ln 2 / 2, then the
+// Taylor series to r^7. The first of the two parts of ln 2 has few bits, so that its multiples are exact.
 inline Floats decay(Floats d) {
   const Ints n = __builtin_convertvector(d * 1.44269504F + 0.5F, Ints);
   const Floats whole = __builtin_convertvector(n, Floats);

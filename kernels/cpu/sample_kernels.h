@@ -19,9 +19,9 @@ constexpr int32_t kFurthestBits = 0x42AE0000, kNearestBits = 0x3A800000;
 constexpr int kBucketShift = 17;
 constexpr int kBuckets = ((kFurthestBits - kNearestBits) >> kBucketShift) + 1;
 
-// A mass is a sum of weights, each cut to a whole number of units of 2^-42: such sums are exact, so they do not depend on
-// the order of additions, and a mass found by one way is found again by another. A token 2^42 times less likely than the
-// likeliest has none.
+// A mass is a sum of weights, each cut to a whole number of units of 2^-42. Such sums are exact: they do not depend on
+// the order of additions, and a mass found by one way is found again by another. A token 2^42 times less likely than
+// the likeliest has none.
 using Mass = uint64_t;
 constexpr int kMassBits = 42;
 constexpr int64_t kRun = 256;  // tokens, in the order of ids, whose mass is summed at once

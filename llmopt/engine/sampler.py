@@ -83,8 +83,8 @@ def _penalties(requests: list[Request]) -> Penalties | None:
         frequency=np.array([one.frequency_penalty for one in params], np.float32),
         presence=np.array([one.presence_penalty for one in params], np.float32),
         starts=_starts([len(request.counts.tokens) for request in requests]),
-        tokens=np.concatenate([np.frombuffer(request.counts.tokens, np.int32) for request in requests]),
-        counts=np.concatenate([np.frombuffer(request.counts.counts, np.int32) for request in requests]),
+        tokens=np.concatenate([np.asarray(request.counts.tokens, np.int32) for request in requests]),
+        counts=np.concatenate([np.asarray(request.counts.counts, np.int32) for request in requests]),
     )
 
 

@@ -97,6 +97,14 @@ def test_presence_and_frequency_count_the_output_only() -> None:
     assert sample(logits, often).token_ids == [2]  # 1 falls by 1.2, 2 by 0.6
 
 
+def test_a_penalty_is_one_requests_own() -> None:
+    logits = torch.tensor([[0.0, 3.0, -1.0, 2.0, 2.5]]).repeat(3, 1)
+    plain, penalised = make_request(temperature=0), make_request(tokens=(1, 4), temperature=0, repetition_penalty=2.0)
+    assert sample(logits, plain, penalised, plain).token_ids == [1, 3, 1]
+    penalised.tokens += [3, 3]
+    assert sample(logits, penalised, plain, penalised).token_ids == [1, 1, 1], "3 falls to 1, once, 1 to 1.5"
+
+
 def test_min_tokens_forbids_the_end() -> None:
     logits = torch.tensor([[9.0, 8.0, 1.0]])
     assert sample(logits, make_request(temperature=0, min_tokens=1)).token_ids == [1]
