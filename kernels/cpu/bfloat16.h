@@ -11,10 +11,11 @@ inline Floats dot_bfloat16(Floats sum, Words a, Words b) {
   return sum;
 }
 
-// Rounds to nearest, halves to even.
+// Rounds to nearest, halves to even; NaN stays NaN, whatever its bits.
 inline void store_bfloat16(void* to, Floats value) {
   const Words bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Words number = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = Words{} + 0x7fc0;
+  const Words rounded = value == value ? number : nan;
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
   const Halves halves = __builtin_convertvector(rounded, Halves);
   __builtin_memcpy(to, &halves, sizeof halves);
