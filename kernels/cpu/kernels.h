@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "codes_kernels.h"
 #include "dense.h"
+#include "gram_kernels.h"
 #include "integer.h"
 #include "paged_cache.h"
 #include "sample_kernels.h"
@@ -72,6 +74,8 @@ struct Kernels {
   IntegerKernels integer;
   DenseKernels dense;
   SampleKernels sample;
+  GramKernels gram;
+  CodesKernels codes;
 };
 
 // Null where the compiler could not build it.

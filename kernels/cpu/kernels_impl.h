@@ -13,6 +13,7 @@
 #include "vector_math.h"
 #include "integer_impl.h"
 #include "dense_impl.h"
+#include "gram_impl.h"
 
 namespace llmopt {
 namespace {
@@ -319,6 +320,7 @@ void attend(const AttentionItem& item, float* scores) {
 #include "paged_attention_impl.h"
 #include "paged_store_impl.h"
 #include "sample_impl.h"
+#include "codes_impl.h"
 
 namespace llmopt {
 namespace {
@@ -326,7 +328,7 @@ namespace {
 constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
   return {name, supported, kFusedRows, kPanelTiles, fused, panels, round_row, integers, attend,
           {rotate_and_store, attend_spans, merge_states, finish}, make_integer_kernels(), make_dense_kernels(),
-          make_sample_kernels()};
+          make_sample_kernels(), make_gram_kernels(), make_codes_kernels()};
 }
 
 }  // namespace

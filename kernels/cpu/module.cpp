@@ -1,4 +1,4 @@
-// The Python module. llmopt/backend/ is its only caller.
+// The Python module. llmopt/backend/ calls it, and llmopt/quant/ for the choice of codes.
 #include "module.h"
 
 #include <nanobind/stl/optional.h>
@@ -39,7 +39,8 @@ NB_MODULE(_cpu, m) {
   using llmopt::Multiplier;
   using llmopt::PackedWeight;
   nb::set_leak_warnings(false);  // what a caller's module still holds when Python ends is no leak
-  m.doc() = "Compiled products of activations and packed quantized weights, attention over a paged cache, sampling.";
+  m.doc() = "Compiled products of activations and packed quantized weights, attention over a paged cache, sampling, "
+            "and what calibration and the choice of codes need.";
   m.def("instruction_sets", &llmopt::instruction_sets, "Names of those that this processor has, fastest first.");
 
   nb::class_<PackedWeight>(m, "PackedWeight", "A quantized weight [out, in] in the layout of the kernels.")
@@ -76,4 +77,5 @@ NB_MODULE(_cpu, m) {
            "Causal attention of the queries in qkv over that cache.");
   llmopt::bind_rounded_products(multiplier);
   llmopt::bind_sampling(multiplier);
+  llmopt::bind_calibration(multiplier);
 }

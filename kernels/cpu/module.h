@@ -36,5 +36,6 @@ void bind_paged_types(nb::module_& m);
 void bind_decoder(nb::module_& m);
 void bind_rounded_products(nb::class_<Multiplier>& multiplier);
 void bind_sampling(nb::class_<Multiplier>& multiplier);
+void bind_calibration(nb::class_<Multiplier>& multiplier);
 
 }  // namespace llmopt
