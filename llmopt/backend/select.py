@@ -1,13 +1,17 @@
 """Which backend runs the model: what was asked for, what this machine has, and why."""
 
 import logging
-from typing import Literal, get_args
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from llmopt.backend.base import Backend
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.errors import InputError, LlmoptError
+
+if TYPE_CHECKING:
+    from llmopt.kernels._cpu import Multiplier
 
 BackendName = Literal["auto", "reference", "cpu"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -59,6 +63,20 @@ def _compiled_backend(name: str, dtype: str) -> Backend:
         _logger.warning("running on plain torch: the compiled CPU kernels are not there (%s)", error)
         return ReferenceBackend("cpu", DTYPES["float32" if dtype == "auto" else dtype])
     return (CpuBackend if dtype == "float32" else RoundedCpuBackend)(torch.get_num_threads())
+
+
+def multiplier() -> "Multiplier | None":
+    """The compiled kernels outside a backend, with as many threads as torch has now; None where they are not there."""
+    return _multiplier(torch.get_num_threads())
+
+
+@cache
+def _multiplier(threads: int) -> "Multiplier | None":
+    try:
+        from llmopt.kernels._cpu import Multiplier
+    except ImportError:
+        return None
+    return Multiplier(threads)
 
 
 def fast_products(device: str) -> torch.dtype:

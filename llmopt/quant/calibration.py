@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.backend.base import Linear
+from llmopt.backend.gram import GramSum, fast_gram
 from llmopt.backend.reference import ReferenceBackend, causal_mask
 from llmopt.model import rope
 from llmopt.model.config import ModelConfig
@@ -16,7 +17,7 @@ from llmopt.quant.activations import hold
 from llmopt.quant.methods.base import InputStatistics
 from llmopt.weights.quantized import QuantizedTensor, Weight
 
-TOKENS_AT_ONCE = 4096  # bounds the activations in memory; more gains no speed
+TOKENS_AT_ONCE = 2048  # their widest activations stay in a large cache; more, or fewer, take longer
 
 
 class CalibrationSweep:
@@ -40,6 +41,7 @@ class CalibrationSweep:
         self.config: ModelConfig = source.config
         self.backend = backend
         self.with_gram, self.keep_rows = with_gram, keep_rows
+        self.add_gram = fast_gram(backend.device.type, backend.products)
         self.length = tokens.shape[1]
         frequencies = rope.frequencies(self.config.rope, self.config.head_dim)
         positions = torch.arange(self.length)
@@ -57,14 +59,18 @@ class CalibrationSweep:
     @torch.inference_mode()
     def observe(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
         """What each group of linear layers is given, over all samples."""
-        observed = {group: Observed(getattr(layer, group), self.with_gram, self.keep_rows) for group in LINEAR_GROUPS}
-        for group, linear in observed.items():
-            setattr(layer, group, linear)
+        last = list(LINEAR_GROUPS)[-1]
+        observed = {}
+        for group in LINEAR_GROUPS:
+            linear = getattr(layer, group)
+            statistics = InputStatistics(linear.in_features, self.with_gram, self.keep_rows)
+            observed[group] = Observed(linear, statistics, self.add_gram, output_matters=group != last)
+            setattr(layer, group, observed[group])
         for hidden in self._batches:
             self.run(layer, hidden)
-        for group, linear in observed.items():
-            setattr(layer, group, linear.linear)
-        return {group: linear.statistics for group, linear in observed.items()}
+        for group, wrapped in observed.items():
+            setattr(layer, group, wrapped.linear)
+        return {group: wrapped.statistics for group, wrapped in observed.items()}
 
     @torch.inference_mode()
     def advance(self, layer: DecoderLayer) -> None:
@@ -96,13 +102,15 @@ def rows(table: Weight, tokens: Tensor) -> Tensor:
 
 
 class Observed(Linear):
-    """A linear operation that keeps statistics of its inputs."""
+    """A linear operation that keeps statistics of its inputs, and gives zeros where its output does not matter."""
 
-    def __init__(self, linear: Linear, with_gram: bool, keep_rows: int) -> None:
+    def __init__(self, linear: Linear, statistics: InputStatistics, add_gram: GramSum, output_matters: bool) -> None:
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.statistics = InputStatistics(linear.in_features, with_gram, keep_rows)
+        self.statistics = statistics
+        self.add_gram = add_gram
+        self.output_matters = output_matters
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.statistics.add(x)
-        return self.linear(x)
+        self.statistics.add(x, self.add_gram)
+        return self.linear(x) if self.output_matters else x.new_zeros(x.shape[0], self.out_features)

@@ -15,13 +15,14 @@ from math import log2, prod
 import torch
 import torch.nn.functional as F
 
+from llmopt.backend.gram import fast_gram
 from llmopt.backend.select import fast_products
 from llmopt.model.config import ModelConfig
 from llmopt.model.decoder import LINEAR_GROUPS
 from llmopt.model.source import EMBEDDING, ModelSource, as_dense, layer_name
 from llmopt.quant.calibration import TOKENS_AT_ONCE
 from llmopt.quant.methods import awq, smoothquant
-from llmopt.quant.methods.base import GRAM_BLOCK, Method
+from llmopt.quant.methods.base import Method
 from llmopt.quant.methods.gptq import Hessian, gptq
 from llmopt.quant.methods.rtn import round_to_nearest
 from llmopt.quant.recipe import GGUF, Recipe
@@ -46,16 +47,19 @@ class Rates:
     Attributes:
         products: operations (two for each multiply and add) of matrix products in the dtype of calibration.
         exact: the same in float32.
+        gram: operations of `add_gram`, counted as those of a whole product.
         elements: float32 numbers of a matrix that one elementwise operation passes over.
     """
 
     products: float
     exact: float
+    gram: float
     elements: float
 
 
 def measure_rates(dtype: torch.dtype) -> Rates:
-    """Takes three times `MEASURED` seconds, on the CPU."""
+    """Takes four times `MEASURED` seconds, on the CPU."""
+    add_gram, gram = fast_gram("cpu", dtype), torch.zeros(SIDE, SIDE)
     exact = torch.ones(SIDE, SIDE)
     fast = exact.to(dtype)
     large = torch.ones(4 * SIDE, SIDE)  # as large as the activations of a batch, and larger than a cache
@@ -63,6 +67,7 @@ def measure_rates(dtype: torch.dtype) -> Rates:
     return Rates(
         products=flops / _seconds(lambda: fast @ fast),
         exact=flops / _seconds(lambda: exact @ exact),
+        gram=flops / _seconds(lambda: add_gram(gram, exact)),
         elements=large.numel() / _seconds(lambda: large * large),
     )
 
@@ -141,13 +146,8 @@ def _observing_seconds(method: Method, config: ModelConfig, rates: Rates) -> flo
     """Of one token's inputs in one layer: their gram matrix, or x² and its sum; and |x| and its largest."""
     widths = group_widths(config)
     passes = (0 if method.needs_gram else 2) + (2 if method.keep_rows else 0)
-    products = 2 * sum(map(_computed_of_gram, widths)) if method.needs_gram else 0
-    return passes * sum(widths) / rates.elements + products / rates.exact
-
-
-def _computed_of_gram(width: int) -> int:
-    """The elements of a gram matrix that are computed: the blocks on its diagonal and to their right."""
-    return sum(min(GRAM_BLOCK, width - start) * (width - start) for start in range(0, width, GRAM_BLOCK))
+    products = 2 * sum(width**2 for width in widths) if method.needs_gram else 0
+    return passes * sum(widths) / rates.elements + products / rates.gram
 
 
 def _seconds_to_sample(recipe: Recipe, config: ModelConfig, rates: Rates) -> float:

@@ -153,7 +153,7 @@ def test_more_samples_take_more_time_and_memory(tiny_model, tmp_path: Path) -> N
         for samples in (4, 400)
     ]
     source = open_source(str(folder))
-    rates = Rates(products=1e9, exact=1e9, elements=1e9)
+    rates = Rates(products=1e9, exact=1e9, gram=1e9, elements=1e9)
     few, many = (resolve(asked, source.config) for asked in recipes)
     assert estimate_seconds(many, source, rates)["observe"] > 50 * estimate_seconds(few, source, rates)["observe"]
     memory = [sum(estimate_memory(recipe, source, torch.float32).values()) for recipe in (few, many)]
@@ -168,5 +168,5 @@ def test_the_plan_for_a_real_model(smollm2: str, tmp_path: Path) -> None:
     assert plan.exports[0].size_bytes == 114_523_776
     # What this process holds already depends on which tests ran before this one; the rest is the model's.
     own = {part: size for part, size in plan.memory.items() if part != "Python, torch and the tokenizer"}
-    assert 0.2e9 < sum(own.values()) < 0.5e9
+    assert 0.1e9 < sum(own.values()) < 0.5e9
     assert max(plan.seconds, key=lambda phase: plan.seconds[phase]) in ("choose codes", "observe")

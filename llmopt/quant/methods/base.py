@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llmopt.backend.gram import GramSum, add_gram
 from llmopt.model.decoder import LINEAR_GROUPS
 from llmopt.weights.quantized import QuantizedTensor, Weight
 from llmopt.weights.scheme import Scheme
-
-GRAM_BLOCK = 512  # columns of a gram matrix that are computed together
 
 
 class InputStatistics:
@@ -32,11 +31,11 @@ class InputStatistics:
         self.keep_rows = keep_rows
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, add_gram: GramSum = add_gram) -> None:
         """Take in the inputs [tokens, in] of one call."""
         x = x.float()
         if self.gram is not None:
-            self._add_gram(x)
+            add_gram(self.gram, x)
         else:
             self.energy += x.square().sum(0).to(self.energy.device)
         if self.keep_rows:
@@ -60,18 +59,6 @@ class InputStatistics:
         if self.gram is None:
             raise ValueError("these statistics were gathered without a gram matrix")
         return self.gram
-
-    def _add_gram(self, x: Tensor) -> None:
-        """The blocks on and above the diagonal are computed, those below are their mirror images."""
-        gram = self.full_gram()
-        width = x.shape[1]
-        if x.device != gram.device:
-            gram += (x.T @ x).to(gram.device)
-            return
-        for start in range(0, width, GRAM_BLOCK):
-            stop = min(start + GRAM_BLOCK, width)
-            gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-            gram[stop:, start:stop] = gram[start:stop, stop:].T
 
     def _keep(self, x: Tensor) -> None:
         """Every so many rows of what has come so far, thinned out whenever they become too many."""
