@@ -50,12 +50,6 @@ def best_of(candidates: Iterable[tuple[tuple[Tensor, Tensor], Tensor]]) -> tuple
     return best
 
 
-def loss_of(grid: Grid, weight: Tensor, importance: Tensor | None) -> Tensor:
-    """The squared error [out, groups] of rounding a weight to a grid, each input weighted by `importance`."""
-    error = grid.values(grid.numbers(weight)).sub_(weight).square_()
-    return (error if importance is None else error.mul_(importance)).sum(-1)
-
-
 def _stored(scale: Tensor, zero: Tensor, scheme: Scheme, factor: float) -> Grid:
     """The grid of chosen scales, which `_storable` has rounded, and zero points."""
     if scheme.scales == "fp8":
@@ -71,7 +65,7 @@ def _fit_rows(
     candidates = _candidates(weight, scheme, factor, steps)
     if steps == 1:
         return next(candidates)
-    return best_of((found, loss_of(_stored(*found, scheme, factor), weight, importance)) for found in candidates)
+    return best_of((found, _stored(*found, scheme, factor).losses(weight, importance)) for found in candidates)
 
 
 def _candidates(weight: Tensor, scheme: Scheme, factor: float, steps: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from llmopt.backend.select import multiplier
 from llmopt.weights.numbers import INT, codes_of, rounded
 from llmopt.weights.quantized import QuantizedTensor, Scales
 from llmopt.weights.scheme import PER_CHANNEL, Scheme
+
+if TYPE_CHECKING:
+    from llmopt.kernels._cpu import Multiplier
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number
 
@@ -52,6 +57,28 @@ class Grid:
         scale, zero = self._like(numbers)
         return (numbers - zero).mul_(scale)
 
+    def errors(self, weight: Tensor) -> Tensor:
+        """What a weight [out, groups, n] becomes less what it was."""
+        kernels = self._kernels()
+        if kernels is None:
+            return self.values(self.numbers(weight)).sub_(weight)
+        weight = weight.contiguous()
+        errors = torch.empty_like(weight)
+        kernels.grid_errors(weight, self.scale, self.zero, None, errors, None, self.scheme.largest_code)
+        return errors
+
+    def losses(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        """The squared error [out, groups] of a weight [out, groups, n], each input weighted by `importance` [groups, n]
+        where it is given."""
+        kernels = self._kernels()
+        if kernels is None:
+            squares = self.values(self.numbers(weight)).sub_(weight).square_()
+            return (squares if importance is None else squares.mul_(importance)).sum(-1)
+        losses = torch.empty(weight.shape[:2])
+        weight = weight.contiguous()
+        kernels.grid_errors(weight, self.scale, self.zero, importance, None, losses, self.scheme.largest_code)
+        return losses
+
     def quantized(self, numbers: Tensor, group_index: Tensor | None = None) -> QuantizedTensor:
         """The canonical form of numbers [out, in] on this grid."""
         return QuantizedTensor(
@@ -64,6 +91,11 @@ class Grid:
             number=self.scheme.number,
             minimums=self.minimums,
         )
+
+    def _kernels(self) -> "Multiplier | None":
+        """Those that round to this grid, where they are there."""
+        known = self.scheme.number == INT and self.minimums is None and self.scale.device.type == "cpu"
+        return multiplier() if known else None
 
     def _like(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         return (self.scale, self.zero) if tensor.dim() == 2 else (self.scale[..., None], self.zero[..., None])

@@ -108,7 +108,7 @@ def _loss(trace: Trace, weights: Mapping[str, Tensor], part: Part, scheme: Schem
         some = slice(None, None, -(-len(weight) // OUTPUTS))
         rows = grouped(weight[some], scheme)
         grid = fit_grid(rows, scheme, importance.reshape(rows.shape[1:]), SEARCH_STEPS)
-        change = (grid.values(grid.numbers(rows)) - rows).flatten(1)
+        change = grid.errors(rows).flatten(1)
         effects = (trace.inputs @ change.T).mul_(gradients[..., some]).sum(1)
         total += float(effects.square().sum()) * len(weight) / len(change)
     return total / trace.inputs.shape[:2].numel() / 2

@@ -88,8 +88,7 @@ def _typical(stack: Stack) -> Tensor:
 def _loss(stack: Stack, scales: Tensor, gram: Tensor) -> float:
     """The output error of a weight that is rounded with its inputs scaled."""
     groups = grouped(stack.weight * scales, stack.scheme)
-    grid = fit_grid(groups, stack.scheme)
-    difference = grid.values(grid.numbers(groups)).flatten(1).div_(scales).sub_(stack.weight)
+    difference = fit_grid(groups, stack.scheme).errors(groups).flatten(1).div_(scales)
     return float((difference @ gram).mul_(difference).sum())
 
 
@@ -104,7 +103,7 @@ def _search_clip(stack: Stack, gram: Tensor) -> Grid:
         clip = 1 - (1 - LEAST_CLIP) * step / CLIP_STEPS
         low, high = groups.amin(-1, keepdim=True) * clip, groups.amax(-1, keepdim=True) * clip
         grid = fit_grid(groups.clamp(low, high), stack.scheme)
-        difference = grid.values(grid.numbers(groups)) - groups
+        difference = grid.errors(groups)
         loss = (torch.einsum("ogi,gij->ogj", difference, own) * difference).sum(-1)
         if step:
             loss[~clippable] = torch.inf

@@ -14,17 +14,18 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from llmopt.backend.select import multiplier
 from llmopt.quant.fit import fit_grid
 from llmopt.quant.grid import Grid, group_size_of, grouped
 from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, ModuleReport, relative_error, stacks
 from llmopt.quant.methods.rtn import round_to_nearest
-from llmopt.weights.numbers import rounded
+from llmopt.weights.numbers import INT, rounded
 from llmopt.weights.quantized import QuantizedTensor
 from llmopt.weights.scheme import Scheme
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 128  # columns after which the rest of the matrix is brought up to date
+BLOCK = 128  # inputs after which the rest of the matrix is brought up to date
 INVERSE_BLOCK = 512  # columns of the inverse computed together
 GRID_STEPS = 20
 DAMPING_STEPS = (1.0, 10.0, 100.0)  # times the damping asked for, until the Hessian can be factorised
@@ -121,12 +122,11 @@ def gptq(weight: Tensor, hessian: Hessian, scheme: Scheme, desc_act: bool) -> Qu
     ordered = weight.T[order].contiguous()
     if desc_act:
         importance = hessian.energy[order].reshape(-1, group_size)
-        numbers, grid = _round_inputs(ordered, hessian.factor, column_group, _Growing(scheme, importance, ordered))
+        start: _Fixed = _Growing(scheme, importance, len(weight))
     else:
         importance = hessian.energy.reshape(-1, group_size)
-        fixed = fit_grid(grouped(weight, scheme), scheme, importance, GRID_STEPS)
-        column_group = column_group[order]
-        numbers, grid = _round_inputs(ordered, hessian.factor, column_group, _Fixed(fixed))
+        start = _Fixed(fit_grid(grouped(weight, scheme), scheme, importance, GRID_STEPS), column_group[order])
+    numbers, grid = _round_all(ordered, hessian.factor, start)
     inverse = order.argsort()
     return grid.quantized(numbers[inverse].T, column_group[inverse].int() if desc_act else None)
 
@@ -134,13 +134,16 @@ def gptq(weight: Tensor, hessian: Hessian, scheme: Scheme, desc_act: bool) -> Qu
 class _Fixed:
     """A grid that stands before the loop begins; scale and zero are [groups, out], so that a group's lie together."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, group_of_input: Tensor) -> None:
         self.grid = grid
         self.scheme = grid.scheme
+        self.group_of_input = group_of_input
         self.scale, self.zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
 
-    def enter(self, group: int, current: Callable[[int], Tensor]) -> None:
-        """Called before each input, with its group, and a function that gives the group's weights as they are now."""
+    def ready(self, first: int, stop: int, current: Callable[[int], Tensor]) -> int:
+        """The input before which all from `first` on have their grid, at most `stop`; `current` gives the weights
+        [in, out] of the next so many inputs as they are now."""
+        return stop
 
     def finish(self) -> Grid:
         return self.grid
@@ -149,55 +152,67 @@ class _Fixed:
 class _Growing(_Fixed):
     """Each group's grid is fitted when its first input comes, to the weights as they are by then."""
 
-    def __init__(self, scheme: Scheme, importance: Tensor, ordered: Tensor) -> None:
+    def __init__(self, scheme: Scheme, importance: Tensor, outputs: int) -> None:
         self.scheme = scheme
         self.importance = importance
-        self.scale, self.zero = torch.empty(2, len(importance), ordered.shape[1]).unbind()
-        self.fitted = -1
+        groups, self.size = importance.shape
+        self.group_of_input = torch.arange(groups).repeat_interleave(self.size)
+        self.scale, self.zero = torch.empty(2, groups, outputs).unbind()
 
-    def enter(self, group: int, current: Callable[[int], Tensor]) -> None:
-        if group == self.fitted:
-            return
-        self.fitted = group
-        weights = current(self.importance.shape[1])
-        found = fit_grid(weights, self.scheme, self.importance[group, None], GRID_STEPS)
-        self.scale[group], self.zero[group] = found.scale[:, 0], found.zero[:, 0]
+    def ready(self, first: int, stop: int, current: Callable[[int], Tensor]) -> int:
+        group, place = divmod(first, self.size)
+        if place == 0:
+            weights = current(self.size).T.contiguous()[:, None]
+            found = fit_grid(weights, self.scheme, self.importance[group, None], GRID_STEPS)
+            self.scale[group], self.zero[group] = found.scale[:, 0], found.zero[:, 0]
+        return min(stop, (group + 1) * self.size)
 
     def finish(self) -> Grid:
         zeros = None if self.scheme.symmetric else self.zero.T.contiguous()
         return Grid(self.scheme, self.scale.T.half().contiguous(), zeros)
 
 
-def _round_inputs(weight: Tensor, factor: Tensor, input_group: Tensor, grid: _Fixed) -> tuple[Tensor, Grid]:
+def _round_all(weight: Tensor, factor: Tensor, grid: _Fixed) -> tuple[Tensor, Grid]:
     """The loop of the paper over inputs that are already in order; numbers float32 [in, out] and their grid.
 
     The weight is [in, out], so that the outputs of one input lie side by side, and is used up. `factor` is that of
     `Hessian`.
     """
     inputs, outputs = weight.shape
-    numbers = torch.empty_like(weight)
-    scheme, groups = grid.scheme, input_group.tolist()
-    diagonal = factor.diagonal().tolist()
+    numbers, errors = torch.empty_like(weight), torch.empty(BLOCK, outputs)
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
-        errors = torch.empty(stop - start, outputs)
-        for i in range(start, stop):
-            group = groups[i]
-            grid.enter(group, partial(_upcoming, weight, factor, errors, start, i))
-            scale, zero = grid.scale[group], grid.zero[group]
-            number = torch.addcdiv(zero, weight[i], scale, out=numbers[i])
-            rounded(number, scheme.number, scheme.largest_code)
-            value = (number - zero).mul_(scale)
-            torch.sub(weight[i], value, out=errors[i - start]).div_(diagonal[i])
-            weight[i + 1 : stop].addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
-        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        first = start
+        while first < stop:
+            last = grid.ready(first, stop, partial(_upcoming, weight, factor, errors, start, first))
+            round_inputs(weight, factor, grid, numbers, errors, start, first, last)
+            first = last
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return numbers, grid.finish()
 
 
 def _upcoming(weight: Tensor, factor: Tensor, errors: Tensor, start: int, first: int, count: int) -> Tensor:
-    """The `count` inputs from `first` on, [out, 1, count], with the errors of this block taken into account."""
-    current = weight[first : first + count].clone()
-    stop = min(start + BLOCK, len(weight))
-    if first + count > stop and first > start:  # the part beyond the block has not been brought up to date
-        current[stop - first :] -= factor[start:first, stop : first + count].T @ errors[: first - start]
-    return current.T.contiguous()[:, None]
+    """The `count` inputs [in, out] from `first` on, in their block or beyond, less what its errors so far take away."""
+    owed = factor[start:first, first : first + count].T @ errors[: first - start]
+    return weight[first : first + count] - owed
+
+
+def round_inputs(
+    weight: Tensor, factor: Tensor, grid: _Fixed, numbers: Tensor, errors: Tensor, start: int, first: int, last: int
+) -> None:
+    """Rounds the inputs from `first` to `last` of the block that begins at `start`, one by one: each after what the
+    errors of those before it in the block take from it. Writes their numbers, and their errors [place in block, out].
+    """
+    scheme = grid.scheme
+    kernels = multiplier() if scheme.number == INT else None
+    if kernels is not None:
+        arrays = weight, factor, grid.group_of_input, grid.scale, grid.zero, numbers, errors
+        kernels.round_inputs(*arrays, start, first, last, scheme.largest_code)
+        return
+    for i in range(first, last):
+        group = grid.group_of_input[i]
+        scale, zero = grid.scale[group], grid.zero[group]
+        own = weight[i] - factor[start:i, i] @ errors[: i - start]
+        number = torch.addcdiv(zero, own, scale, out=numbers[i])
+        rounded(number, scheme.number, scheme.largest_code)
+        torch.sub(own, (number - zero).mul_(scale), out=errors[i - start]).div_(factor[i, i])
