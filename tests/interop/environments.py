@@ -27,6 +27,9 @@ _CMAKE_OPTIONS = {
     "LLAMA_CURL": "OFF",
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",
+    # GCC 12 takes what loads the shapes of AMX's tile registers to read only the first bytes of them, leaves the others
+    # out, and llama.cpp dies of an illegal instruction on processors that have AMX.
+    "CMAKE_CXX_FLAGS": "-fno-tree-dse -fno-dse",
 }
 
 
