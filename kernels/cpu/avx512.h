@@ -106,6 +106,7 @@ inline bool has_avx512() {
 
 #if defined(__AVX512BF16__)
 
+constexpr bool kNativeBfloat16 = true;
 constexpr int kAttentionColumns = 4;
 
 inline Floats dot_bfloat16(Floats sum, Words a, Words b) {

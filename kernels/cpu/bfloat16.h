@@ -4,6 +4,8 @@
 namespace llmopt {
 namespace {
 
+constexpr bool kNativeBfloat16 = false;
+
 // sum + the products of both numbers, lane by lane.
 inline Floats dot_bfloat16(Floats sum, Words a, Words b) {
   sum += reinterpret_cast<Floats>(a << 16) * reinterpret_cast<Floats>(b << 16);

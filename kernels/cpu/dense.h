@@ -13,15 +13,21 @@ struct DenseView {
   int64_t out, in;
 };
 
-// Rows in blocks, as Rounded has them; pairs of bfloat16 for a bfloat16 weight, else floats.
+// Rows in blocks, narrow or wide as Rounded has them; pairs of bfloat16 for a bfloat16 weight, else floats.
 struct DenseRows {
-  uint32_t* pairs;  // [blocks][in / 2][block_rows]
+  uint32_t* pairs;  // [blocks][in / 2][block_rows], wide [blocks][block_rows][in / 2]
   float* values;    // [blocks][in][block_rows]
   int64_t rows, in, block_rows;
+  bool wide;
   int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }
 };
 
 struct DenseKernels {
+  bool native_bfloat16;  // whether the processor multiplies pairs of bfloat16, which is then faster than float16
+  // Called by a thread before and after it uses `tile` for weights with as many inputs as this one, where pairs are
+  // always in wide blocks; null where they are in narrow ones.
+  void (*begin_wide)(const DenseView&);
+  void (*end_wide)();
   // bfloat16 or float16 to float32.
   void (*widen)(const uint16_t* from, bool bfloat16, int64_t count, float* to);
   // Lays out the rows of one block, normed where the input says so; `scratch` holds in floats.

@@ -18,7 +18,8 @@ void arrange_block(const RoundingInput& input, const DenseRows& to, int64_t bloc
       uint32_t pairs[kLanes / 2];
       store_bfloat16(pairs, load_some(x + i, to.in - i));
       for (int64_t j = 0; j < kLanes / 2 && i + 2 * j < to.in; ++j) {
-        to.pairs[((block * to.in + i) / 2 + j) * rows + r] = pairs[j];
+        const int64_t pair = i / 2 + j, at = to.wide ? r * (to.in / 2) + pair : pair * rows + r;
+        to.pairs[block * (to.in / 2) * rows + at] = pairs[j];
       }
     }
   }
@@ -80,7 +81,15 @@ void dense_any(const DenseView& weight, int64_t tile, const DenseRows& x, int64_
   dense_rows(weight, tile, x, block, left < x.block_rows ? left : x.block_rows, out);
 }
 
-constexpr DenseKernels make_dense_kernels() { return {widen, arrange_block, dense_any}; }
-
 }  // namespace
 }  // namespace llmopt
+
+#if defined(__AMX_BF16__)
+#include "dense_tiles_impl.h"
+#else
+namespace llmopt {
+namespace {
+constexpr DenseKernels make_dense_kernels() { return {kNativeBfloat16, nullptr, nullptr, widen, arrange_block, dense_any}; }
+}  // namespace
+}  // namespace llmopt
+#endif

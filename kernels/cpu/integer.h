@@ -29,14 +29,19 @@ struct IntegerView {
   int bits;  // 4, 6 or 8, as stored
 };
 
-// Rows of x in blocks of `block_rows`; within a block rows alternate, so that a kernel walks through it with one
-// pointer. The last block may hold fewer.
+// Rows of x in blocks of `block_rows`, of which the last may hold fewer. Within a narrow block rows alternate, so that a
+// kernel walks through it with one pointer; in a wide one each row lies by itself.
 struct Rounded {
-  uint32_t* codes;  // [blocks][in / 4][block_rows]: four signed codes of one row, consecutive inputs
+  uint32_t* codes;  // [blocks][in / 4][block_rows], wide [blocks][block_rows][in / 4]: four signed codes of one row
   float* scales;    // [blocks][steps][block_rows]
   int32_t* sums;    // [blocks][steps][block_rows]: −8 times the sum of a step's codes
   int64_t rows, in, steps, block_rows;
+  bool wide;
   int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }
+  int64_t rows_in(int64_t block) const {
+    const int64_t left = rows - block * block_rows;
+    return left < block_rows ? left : block_rows;
+  }
 };
 
 // Rows to be rounded: element i is x[row][order[i]] · inverse_rms · norm[order[i]].
@@ -54,8 +59,22 @@ struct TileOf {
   int64_t tile;
 };
 
+// Products of many rows at once, by a processor that multiplies whole tiles; null where it does not.
+struct WideKernels {
+  int64_t least_rows;  // from so many on they are faster than the others
+  int64_t block_unit;  // rows of a block are one or two of it; x holds whole blocks, whatever is in rows it has not
+  // A thread calls them before and after it uses the others for weights with as many inputs and steps as this one.
+  void (*begin)(const IntegerView&);
+  void (*end)();
+  // The codes of `count` tiles [count][in / 4][16], a byte each.
+  void (*expand)(const TileOf* tiles, int64_t count, uint32_t* codes);
+  // IntegerKernels::tiles for a wide block; the bits of a result are the same. `codes` are expanded, for several blocks,
+  // or null.
+  void (*tiles)(const TileOf* tiles, int64_t count, const uint32_t* codes, const Rounded&, int64_t block, float* out);
+};
+
 struct IntegerKernels {
-  int64_t block_rows;      // at most so many rows in a block
+  int64_t block_rows;      // at most so many rows in a narrow block
   int64_t tiles_together;  // so many tiles are fastest at once
   // Rounds the rows of one block; `scratch` holds in floats.
   void (*round_block)(const RoundingInput&, const Rounded&, int64_t block, float* scratch);
@@ -72,6 +91,7 @@ struct IntegerKernels {
   void (*norm_row)(const float* x, const float* norm, float eps, int64_t width, float* y);
   // Multiplies and adds 8-bit numbers in registers; how many operations that were.
   int64_t (*peak)(int64_t rounds);
+  WideKernels wide;
 };
 
 }  // namespace llmopt

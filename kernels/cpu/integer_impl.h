@@ -186,7 +186,7 @@ void integer_count(const TileOf* tiles, int64_t count, const Rounded& x, int64_t
 }
 
 void integer_any(const TileOf* tiles, int64_t count, const Rounded& x, int64_t block, float* out) {
-  const int64_t left = x.rows - block * x.block_rows, rows = left < x.block_rows ? left : x.block_rows;
+  const int64_t rows = x.rows_in(block);
   const int bits = tiles[0].weight->bits;
   if (bits == 4) return integer_count<4>(tiles, count, x, block, rows, out);
   if (bits == 6) return integer_count<6>(tiles, count, x, block, rows, out);
@@ -264,13 +264,14 @@ inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t s
 }
 
 void round_block(const RoundingInput& input, const Rounded& to, int64_t block, float* scratch) {
-  const int64_t rows = to.block_rows, step_inputs = to.in / to.steps;
-  for (int64_t r = 0; r < rows && block * rows + r < to.rows; ++r) {
+  const int64_t rows = to.block_rows, words = to.in / 4, step_words = words / to.steps;
+  const int64_t row_stride = to.wide ? words : 1, word_stride = to.wide ? 1 : rows;
+  for (int64_t r = 0; r < to.rows_in(block); ++r) {
     const float* x = arrange_row(input, input.x + (block * rows + r) * input.x_stride, to.in, scratch);
+    uint32_t* codes = to.codes + block * words * rows + r * row_stride;
     for (int64_t step = 0; step < to.steps; ++step) {
-      const int64_t at = (block * to.steps + step) * rows + r;
-      round_step(x + step * step_inputs, step_inputs, to.codes + (block * to.in + step * step_inputs) / 4 * rows + r,
-                 rows, to.scales + at, to.sums + at);
+      const int64_t at = (block * to.steps + step) * rows + r, word = step * step_words;
+      round_step(x + 4 * word, 4 * step_words, codes + word * word_stride, word_stride, to.scales + at, to.sums + at);
     }
   }
 }
@@ -321,8 +322,25 @@ int64_t peak(int64_t rounds) {
   return rounds * kSums * kLanes * 4 * 2;
 }
 
+}  // namespace
+}  // namespace llmopt
+
+#if defined(__AMX_INT8__)
+#include "integer_tiles_impl.h"
+#else
+namespace llmopt {
+namespace {
+constexpr WideKernels make_wide_kernels() { return {}; }
+}  // namespace
+}  // namespace llmopt
+#endif
+
+namespace llmopt {
+namespace {
+
 constexpr IntegerKernels make_integer_kernels() {
-  return {kBlockRows, kTilesTogether, round_block, integer_any, write_tile, write_silu, norm_row, peak};
+  return {kBlockRows, kTilesTogether, round_block, integer_any, write_tile, write_silu, norm_row, peak,
+          make_wide_kernels()};
 }
 
 }  // namespace

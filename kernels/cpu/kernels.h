@@ -84,5 +84,6 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_amx_kernels();
 
 }  // namespace llmopt

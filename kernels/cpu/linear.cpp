@@ -7,42 +7,31 @@ namespace llmopt {
 namespace {
 
 constexpr int64_t kItemsPerThread = 4;  // so that a thread that lost its core leaves little behind
-constexpr int64_t kMostBlockRows = 16, kMostTiles = 2;
+constexpr int64_t kMostBlockRows = 32, kMostTiles = 2;
 using TileResult = float[kMostTiles * kMostBlockRows * kTile];
-
-// Calls body(item) for all items, runs of neighbours from one thread.
-template <class Body>
-void each(ThreadPool& pool, int64_t items, Body&& body) {
-  const int64_t run = std::max<int64_t>(1, items / (pool.threads() * kItemsPerThread));
-  pool.run((items + run - 1) / run, [&](int64_t number) {
-    for (int64_t item = number * run; item < std::min(items, (number + 1) * run); ++item) body(item);
-  });
-}
-
-const float* bias_of(const Part& part, int64_t tile) {
-  const float* bias = part.integer ? part.integer->view().bias : part.dense->view().bias;
-  return bias ? bias + tile * kTile : nullptr;
-}
-
-// Tiles first .. first + count - 1 of a part for all rows; `to.y` is the part's first column.
-void run_tiles(const Kernels& kernels, const Part& part, const Activations& x, int64_t first, int64_t count,
-               Destination to) {
-  for (int64_t block = 0; block < x.blocks(); ++block) {
-    alignas(64) TileResult result;
-    x.multiply(kernels, part, first, count, block, result);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t column = (first + i) * kTile;
-      kernels.integer.write(result + i * x.rows_in(block) * kTile, bias_of(part, first + i),
-                            to.y + block * x.block_rows() * to.stride + column, to.stride, x.rows_in(block),
-                            part.out() - column, to.add);
-    }
-  }
-}
 
 template <class Element>
 Element* grown(Buffer<Element>& buffer, int64_t size) {
   if (buffer.size() < size) buffer = Buffer<Element>(size + size / 4);
   return buffer.data();
+}
+
+// Calls body(item) for all items, runs of neighbours from one thread, which is ready for `part` meanwhile.
+template <class Body>
+void each(ThreadPool& pool, const Kernels& kernels, const Activations& x, const Part& part, int64_t items,
+          Body&& body) {
+  const int64_t run = std::max<int64_t>(1, items / (pool.threads() * kItemsPerThread));
+  pool.run((items + run - 1) / run, [&](int64_t number) {
+    const Activations::Ready ready(x, kernels, part);
+    for (int64_t item = number * run; item < std::min(items, (number + 1) * run); ++item) body(item);
+  });
+}
+
+TileOf tile_of(const PartTile& own) { return {&own.part->integer->view(), own.tile}; }
+
+const float* bias_of(const Part& part, int64_t tile) {
+  const float* bias = part.integer ? part.integer->view().bias : part.dense->view().bias;
+  return bias ? bias + tile * kTile : nullptr;
 }
 
 }  // namespace
@@ -69,38 +58,65 @@ bool Activations::same(const Part& a, const Part& b) {
 
 void Activations::fill(ThreadPool& pool, const Kernels& kernels, const Part& part, RoundingInput input, int64_t rows) {
   rows_ = rows;
-  block_rows_ = rows_of_block(kernels.integer, rows);
-  if (part.integer) return rounded_.fill(pool, kernels.integer, *part.integer, input, rows);
+  if (part.integer) {
+    rounded_.fill(pool, kernels.integer, *part.integer, input, rows);
+    block_rows_ = rounded_.view().block_rows;
+    return;
+  }
+  const bool pairs = part.dense->view().pairs != nullptr, wide = pairs && kernels.dense.begin_wide;
+  block_rows_ = rows_of_block(kernels.integer, rows, wide);
   const int64_t in = part.in(), held = blocks() * block_rows_;
-  const bool pairs = part.dense->view().pairs != nullptr;
   dense_ = {pairs ? grown(pairs_, held * in / 2) : nullptr, pairs ? nullptr : grown(values_, held * in), rows, in,
-            block_rows_};
+            block_rows_, wide};
   pool.run(blocks(), [&](int64_t block) {
     thread_local Buffer<float> scratch;
     kernels.dense.arrange_block(input, dense_, block, grown(scratch, in));
   });
 }
 
-void Activations::multiply(const Kernels& kernels, const Part& part, int64_t first, int64_t count, int64_t block,
-                           float* out) const {
-  if (part.integer) {
-    const IntegerView* view = &part.integer->view();
-    const TileOf tiles[kMostTiles] = {{view, first}, {view, first + 1}};
-    return kernels.integer.tiles(tiles, count, rounded_.view(), block, out);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    kernels.dense.tile(part.dense->view(), first + i, dense_, block, out + i * rows_in(block) * kTile);
+Activations::Ready::Ready(const Activations& x, const Kernels& kernels, const Part& part) {
+  if (part.integer && x.rounded_.view().wide) {
+    kernels.integer.wide.begin(part.integer->view());
+    end_ = kernels.integer.wide.end;
+  } else if (part.dense && x.dense_.wide) {
+    kernels.dense.begin_wide(part.dense->view());
+    end_ = kernels.dense.end_wide;
   }
 }
 
-void Activations::multiply_two(const Kernels& kernels, const Part& one, const Part& other, int64_t tile, int64_t block,
-                               float* out) const {
-  if (one.integer) {
-    const TileOf tiles[kMostTiles] = {{&one.integer->view(), tile}, {&other.integer->view(), tile}};
-    return kernels.integer.tiles(tiles, 2, rounded_.view(), block, out);
+Activations::Ready::~Ready() {
+  if (end_) end_();
+}
+
+template <class Write>
+void Activations::multiply(const Kernels& kernels, const PartTile* tiles, int64_t count, Write&& write) const {
+  const uint32_t* codes = expand(kernels, tiles, count);
+  for (int64_t block = 0; block < blocks(); ++block) {
+    alignas(64) TileResult result;
+    multiply_block(kernels, tiles, count, codes, block, result);
+    write(block, result);
   }
-  multiply(kernels, one, tile, 1, block, out);
-  multiply(kernels, other, tile, 1, block, out + rows_in(block) * kTile);
+}
+
+const uint32_t* Activations::expand(const Kernels& kernels, const PartTile* tiles, int64_t count) const {
+  if (!tiles->part->integer || !rounded_.view().wide || blocks() == 1) return nullptr;
+  thread_local Buffer<uint32_t> codes;
+  const TileOf some[kMostTiles] = {tile_of(tiles[0]), tile_of(tiles[count - 1])};
+  kernels.integer.wide.expand(some, count, grown(codes, count * tiles->part->integer->view().in / 4 * kTile));
+  return codes.data();
+}
+
+void Activations::multiply_block(const Kernels& kernels, const PartTile* tiles, int64_t count, const uint32_t* codes,
+                                 int64_t block, float* out) const {
+  if (tiles->part->integer) {
+    const TileOf some[kMostTiles] = {tile_of(tiles[0]), tile_of(tiles[count - 1])};
+    const Rounded& x = rounded_.view();
+    return x.wide ? kernels.integer.wide.tiles(some, count, codes, x, block, out)
+                  : kernels.integer.tiles(some, count, x, block, out);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    kernels.dense.tile(tiles[i].part->dense->view(), tiles[i].tile, dense_, block, out + i * rows_in(block) * kTile);
+  }
 }
 
 bool Activations::same_kind(const Part& a, const Part& b) {
@@ -111,6 +127,24 @@ bool Activations::same_kind(const Part& a, const Part& b) {
 }
 
 int64_t Activations::rows_in(int64_t block) const { return std::min(block_rows_, rows_ - block * block_rows_); }
+
+namespace {
+
+// Tiles first .. first + count - 1 of a part for all rows; `to.y` is the part's first column.
+void run_tiles(const Kernels& kernels, const Part& part, const Activations& x, int64_t first, int64_t count,
+               Destination to) {
+  const PartTile tiles[kMostTiles] = {{&part, first}, {&part, first + 1}};
+  x.multiply(kernels, tiles, count, [&](int64_t block, const float* result) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t column = (first + i) * kTile;
+      kernels.integer.write(result + i * x.rows_in(block) * kTile, bias_of(part, first + i),
+                            to.y + block * x.block_rows() * to.stride + column, to.stride, x.rows_in(block),
+                            part.out() - column, to.add);
+    }
+  });
+}
+
+}  // namespace
 
 Linear::Linear(std::vector<Part> parts) : parts_(std::move(parts)) {
   for (const Part& part : parts_) out_ += part.out();
@@ -125,7 +159,7 @@ void Linear::run(ThreadPool& pool, const Kernels& kernels, Activations& x, const
       items += (parts_[last].tiles() + together - 1) / together;
     }
     x.fill(pool, kernels, parts_[first], input, rows);
-    each(pool, items, [&](int64_t item) {
+    each(pool, kernels, x, parts_[first], items, [&](int64_t item) {
       const Part* part = &parts_[first];
       float* y = to.y;
       for (int64_t own; item >= (own = (part->tiles() + together - 1) / together); ++part) {
@@ -144,22 +178,29 @@ void GatedLinear::run(ThreadPool& pool, const Kernels& kernels, Activations& x, 
   x.fill(pool, kernels, gate_, input, rows);
   const bool shared = Activations::same(gate_, up_), alike = shared && Activations::same_kind(gate_, up_);
   if (!shared) other.fill(pool, kernels, up_, input, rows);
-  const Activations& x_up = shared ? x : other;
-  each(pool, gate_.tiles(), [&](int64_t tile) {
-    for (int64_t block = 0; block < x.blocks(); ++block) {
-      alignas(64) TileResult results;
-      const int64_t count = x.rows_in(block);
-      float* up = results + count * kTile;
-      if (alike) {
-        x.multiply_two(kernels, gate_, up_, tile, block, results);
-      } else {
-        x.multiply(kernels, gate_, tile, 1, block, results);
-        x_up.multiply(kernels, up_, tile, 1, block, up);
-      }
-      kernels.integer.write_silu(results, bias_of(gate_, tile), up, bias_of(up_, tile),
-                                 to.y + block * x.block_rows() * to.stride + tile * kTile, to.stride, count,
-                                 gate_.out() - tile * kTile);
+  each(pool, kernels, x, gate_, gate_.tiles(), [&](int64_t tile) {
+    const auto write = [&](const Activations& own, int64_t block, const float* gate, const float* up) {
+      kernels.integer.write_silu(gate, bias_of(gate_, tile), up, bias_of(up_, tile),
+                                 to.y + block * own.block_rows() * to.stride + tile * kTile, to.stride,
+                                 own.rows_in(block), gate_.out() - tile * kTile);
+    };
+    const PartTile tiles[kMostTiles] = {{&gate_, tile}, {&up_, tile}};
+    if (alike) {
+      return x.multiply(kernels, tiles, 2, [&](int64_t block, const float* both) {
+        write(x, block, both, both + x.rows_in(block) * kTile);
+      });
     }
+    thread_local Buffer<float> gates;  // [rows][16]
+    float* gate = grown(gates, rows * kTile);
+    const Activations::Ready for_gate(x, kernels, gate_);
+    x.multiply(kernels, tiles, 1, [&](int64_t block, const float* result) {
+      std::copy(result, result + x.rows_in(block) * kTile, gate + block * x.block_rows() * kTile);
+    });
+    const Activations& x_up = shared ? x : other;
+    const Activations::Ready for_up(x_up, kernels, up_);
+    x_up.multiply(kernels, tiles + 1, 1, [&](int64_t block, const float* up) {
+      write(x_up, block, gate + block * x_up.block_rows() * kTile, up);
+    });
   });
 }
 

@@ -37,17 +37,32 @@ struct Part {
   int64_t tiles() const { return integer ? integer->tiles() : dense->tiles(); }
 };
 
+struct PartTile {
+  const Part* part;
+  int64_t tile;
+};
+
 // Activations laid out for a part, in memory that is kept from call to call.
 class Activations {
  public:
+  // A thread keeps one of these while it multiplies by parts that are same().
+  class Ready {
+   public:
+    Ready(const Activations& x, const Kernels& kernels, const Part& part);
+    ~Ready();
+    Ready(const Ready&) = delete;
+    Ready& operator=(const Ready&) = delete;
+
+   private:
+    void (*end_)() = nullptr;
+  };
+
   // `input.order` is the part's own. Does nothing where what is there was made for an equal part and `again` is false.
   void fill(ThreadPool& pool, const Kernels& kernels, const Part& part, RoundingInput input, int64_t rows);
-  // Tiles first .. first + count - 1 of the part times one block: out [count][rows_in(block)][16], without the bias.
-  void multiply(const Kernels& kernels, const Part& part, int64_t first, int64_t count, int64_t block,
-                float* out) const;
-  // The same tile of two parts that same_kind(): out [2][rows_in(block)][16].
-  void multiply_two(const Kernels& kernels, const Part& one, const Part& other, int64_t tile, int64_t block,
-                    float* out) const;
+  // Calls write(block, result) for each block, with the products [count][rows_in(block)][16] of up to kMostTiles tiles
+  // of parts that are same_kind(), without biases.
+  template <class Write>
+  void multiply(const Kernels& kernels, const PartTile* tiles, int64_t count, Write&& write) const;
   // Whether what was made for one part serves another.
   static bool same(const Part& a, const Part& b);
   // Whether two parts that it serves differ only in their numbers.
@@ -58,6 +73,10 @@ class Activations {
   int64_t rows_in(int64_t block) const;
 
  private:
+  void multiply_block(const Kernels& kernels, const PartTile* tiles, int64_t count, const uint32_t* codes,
+                      int64_t block, float* out) const;
+  const uint32_t* expand(const Kernels& kernels, const PartTile* tiles, int64_t count) const;
+
   int64_t rows_ = 0, block_rows_ = 1;
   RoundedRows rounded_;
   DenseRows dense_{};

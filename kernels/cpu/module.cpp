@@ -58,6 +58,8 @@ NB_MODULE(_cpu, m) {
                                     "Threads and an instruction set; the calling thread is one of the threads.");
   multiplier.def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("instruction_set") = "auto")
       .def_prop_ro("threads", &Multiplier::threads)
+      .def_prop_ro("native_bfloat16",
+                   [](const Multiplier& multiplier) { return multiplier.kernels().dense.native_bfloat16; })
       .def_prop_ro("instruction_set", &Multiplier::instruction_set)
       .def("multiply", &Multiplier::multiply, nb::arg("weight"), nb::arg("x"), nb::arg("x_stride"), nb::arg("rows"),
            nb::arg("y"), nb::arg("y_stride"), nb::call_guard<nb::gil_scoped_release>(),

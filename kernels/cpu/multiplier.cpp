@@ -22,7 +22,8 @@ int checked(int threads) {
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> result;
   for (const Kernels* kernels :
-       {avx512_bf16_kernels(), avx512_vnni_kernels(), avx512_kernels(), avx2_kernels(), plain_kernels()}) {
+       {avx512_amx_kernels(), avx512_bf16_kernels(), avx512_vnni_kernels(), avx512_kernels(), avx2_kernels(),
+        plain_kernels()}) {
     if (kernels && kernels->supported()) result.push_back(kernels);
   }
   return result;

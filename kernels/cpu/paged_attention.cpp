@@ -22,7 +22,9 @@ Element* reserve(Buffer<Element>& buffer, int64_t size) {
 // A thread's memory, kept from call to call: pages fresh from the system cost more than the work.
 class Workspace {
  public:
-  AttentionScratch scratch(int64_t rows, int64_t head_dim) {
+  // For so many rows and more, to a multiple of what kernels may compute at a time.
+  AttentionScratch scratch(int64_t least_rows, int64_t head_dim) {
+    const int64_t rows = (least_rows + kTile - 1) / kTile * kTile;
     uint32_t* words = reserve(words_, (kSpan + rows) * head_dim / 2);
     float* floats = reserve(floats_, rows * (kSpan + state_floats(head_dim) + 2) + 2 * kSpan);
     AttentionScratch scratch{};

@@ -30,6 +30,16 @@ struct Range {
   int64_t first, last;
 };
 
+}  // namespace
+}  // namespace llmopt
+
+#if defined(__AMX_BF16__)
+#include "attention_tiles_impl.h"
+#endif
+
+namespace llmopt {
+namespace {
+
 inline int64_t clamped(int64_t token) { return token < 0 ? 0 : token < kSpan ? token : kSpan; }
 
 // `value` in these lanes, `otherwise` in the others.
@@ -66,16 +76,14 @@ class SpanWork {
   void weigh_keys() const {
     const Groups keys = find_keys();
     if (integers_) gather_scales();
-    integers_ ? row_blocks<kAttentionRows>(ScoreBlocks<Int8Pairs>{*this, keys})
-              : row_blocks<kAttentionRows>(ScoreBlocks<Bfloat16Pairs>{*this, keys});
+    integers_ ? row_blocks<kAttentionRows>(ScoreBlocks<Int8Pairs>{*this, keys}) : score_bfloat16(keys);
     for (int64_t row = 0; row < rows_; ++row) weigh(row);
   }
 
   // Adds up the weighted values; scratch.partial then holds the rows' states over this span alone.
   void sum_values() const {
     const Groups values = find_values();
-    integers_ ? row_blocks<kAttentionRows>(ValueBlocks<Int8Pairs>{*this, values})
-              : row_blocks<kAttentionRows>(ValueBlocks<Bfloat16Pairs>{*this, values});
+    integers_ ? row_blocks<kAttentionRows>(ValueBlocks<Int8Pairs>{*this, values}) : sum_bfloat16(values);
   }
 
  private:
@@ -160,6 +168,31 @@ class SpanWork {
       std::memcpy(scratch_.value_scales + to, cache_.value_scales + from, kGroup * sizeof(float));
     }
   }
+
+#if defined(__AMX_BF16__)
+  // Rows up to a multiple of 16 are computed; scratch has room for them.
+  void score_bfloat16(const Groups& keys) const {
+    for (int64_t row = 0; row < rows_; row += kTileRows) {
+      AttentionTiles::score(scratch_.queries + row * pairs_, pairs_, keys, groups_of(row, last_of_tile(row)),
+                            scratch_.scores + row * kSpan);
+    }
+  }
+  void sum_bfloat16(const Groups& values) const {
+    const int64_t length = state_floats(shape_.head_dim);
+    for (int64_t row = 0; row < rows_; row += kTileRows) {
+      AttentionTiles::sum(scratch_.scores + row * kSpan, values, groups_of(row, last_of_tile(row)), shape_.head_dim,
+                          scratch_.partial + row * length, length);
+    }
+  }
+  int64_t last_of_tile(int64_t row) const { return row + kTileRows < rows_ ? row + kTileRows - 1 : rows_ - 1; }
+#else
+  void score_bfloat16(const Groups& keys) const {
+    row_blocks<kAttentionRows>(ScoreBlocks<Bfloat16Pairs>{*this, keys});
+  }
+  void sum_bfloat16(const Groups& values) const {
+    row_blocks<kAttentionRows>(ValueBlocks<Bfloat16Pairs>{*this, values});
+  }
+#endif
 
   // Calls block.run<rows>(first row) for all rows, in blocks that fit the registers, spread evenly. The last block may
   // repeat some rows.
@@ -336,6 +369,9 @@ inline void begin_rows(const AttentionShape& shape, const QueryTile& tile, int64
 void attend_spans(const AttentionShape& shape, const LayerCache& cache, const QueryTile& tile, Heads heads,
                   Spans spans, float* states, const AttentionScratch& scratch) {
   const int64_t rows = tile.count * (shape.heads / shape.kv_heads);
+#if defined(__AMX_BF16__)
+  const AttentionTiles tiles(shape);
+#endif
   for (int64_t head = heads.first; head < heads.last; ++head, states += rows * state_floats(shape.head_dim)) {
     begin_rows(shape, tile, head, states, scratch);
     for (int64_t span = spans.first; span < spans.last; ++span) {

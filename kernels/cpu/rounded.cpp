@@ -1,5 +1,7 @@
 #include "rounded.h"
 
+#include <algorithm>
+
 namespace llmopt {
 namespace {
 
@@ -11,7 +13,12 @@ Element* grown(Buffer<Element>& buffer, int64_t size) {
 
 }  // namespace
 
-int64_t rows_of_block(const IntegerKernels& kernels, int64_t rows) {
+bool is_wide(const IntegerKernels& kernels, int64_t rows) {
+  return kernels.wide.tiles && rows >= kernels.wide.least_rows;
+}
+
+int64_t rows_of_block(const IntegerKernels& kernels, int64_t rows, bool wide) {
+  if (wide) return rows > kernels.wide.block_unit ? 2 * kernels.wide.block_unit : kernels.wide.block_unit;
   const int64_t blocks = (rows + kernels.block_rows - 1) / kernels.block_rows;
   return (rows + blocks - 1) / blocks;
 }
@@ -19,7 +26,8 @@ int64_t rows_of_block(const IntegerKernels& kernels, int64_t rows) {
 void RoundedRows::fill(ThreadPool& pool, const IntegerKernels& kernels, const IntegerWeight& weight,
                        RoundingInput input, int64_t rows) {
   const IntegerView& like = weight.view();
-  view_ = {nullptr, nullptr, nullptr, rows, like.in, like.steps, rows_of_block(kernels, rows)};
+  const bool wide = is_wide(kernels, rows);
+  view_ = {nullptr, nullptr, nullptr, rows, like.in, like.steps, rows_of_block(kernels, rows, wide), wide};
   const int64_t held = view_.blocks() * view_.block_rows;
   view_.codes = grown(codes_, held * like.in / 4);
   view_.scales = grown(scales_, held * like.steps);

@@ -24,7 +24,10 @@ class RoundedRows {
   Buffer<int32_t> sums_;
 };
 
-// Rows of a block for so many rows in all: blocks as full as registers allow, and evenly filled.
-int64_t rows_of_block(const IntegerKernels& kernels, int64_t rows);
+// Whether so many rows go into wide blocks.
+bool is_wide(const IntegerKernels& kernels, int64_t rows);
+
+// Rows of a block for so many rows in all: narrow blocks are as full as registers allow, and evenly filled.
+int64_t rows_of_block(const IntegerKernels& kernels, int64_t rows, bool wide);
 
 }  // namespace llmopt

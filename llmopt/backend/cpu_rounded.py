@@ -39,8 +39,8 @@ class RoundedLinear(Linear):
 
 class RoundedCpuBackend(CpuBackend):
     """As CpuBackend, with activations rounded at every product: to int8, with a scale for each token and group of at
-    most 64 inputs, against integer weights; to bfloat16 against weights in bfloat16. What passes between products
-    stays float32. The KV cache is bfloat16.
+    most 64 inputs, against integer weights; to bfloat16 against weights in bfloat16, which all unquantized weights
+    are in where the processor multiplies it. What passes between products stays float32. The KV cache is bfloat16.
 
     A decoder whose weights all have kernels runs as one operation (`fuse`); where one has not, each layer's operations
     are called one by one, and that weight's are the reference's.
@@ -75,7 +75,7 @@ def pack_part(multiplier: Multiplier, weight: Weight, bias: Tensor | None) -> In
     """A weight [out, in] in the layout of the kernels; bias float [out]."""
     bias = None if bias is None else bias.float().contiguous()
     if isinstance(weight, Tensor):
-        values = in_16_bits(weight) if weight.shape[1] % 2 == 0 else weight.to(torch.float16)
+        values = _to_multiply(weight, multiplier.native_bfloat16)
         return DenseWeight(values.view(torch.uint16), values.dtype == torch.bfloat16, bias)
     weight = weight.plain_order()
     scales, scale_bytes = level_of(weight.scales)
@@ -94,6 +94,14 @@ def pack_part(multiplier: Multiplier, weight: Weight, bias: Tensor | None) -> In
         bits=weight.bits,
         whole_rows=weight.activations is not None,
     )
+
+
+def _to_multiply(weight: Tensor, native_bfloat16: bool) -> Tensor:
+    """A weight [out, in] in 16 bits: bfloat16 where the processor multiplies it, since float16 would be widened to
+    float32 and take several times as long where there are many rows."""
+    if weight.shape[1] % 2:  # kernels take bfloat16 in pairs
+        return weight.to(torch.float16)
+    return weight.to(torch.bfloat16).contiguous() if native_bfloat16 else in_16_bits(weight)
 
 
 def in_16_bits(weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ _cpu = pytest.importorskip("llmopt.kernels._cpu", reason="the compiled kernels a
 cpu = pytest.importorskip("llmopt.backend.cpu")
 
 INSTRUCTION_SETS = _cpu.instruction_sets()
-KNOWN_SETS = ("plain", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+KNOWN_SETS = ("plain", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx")
 
 # One backend for each combination, as an engine has one: threads are not started anew for each example.
 BACKENDS = {(name, threads): cpu.CpuBackend(threads, name) for name in INSTRUCTION_SETS for threads in (1, 2, 3)}
