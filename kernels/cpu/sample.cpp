@@ -68,15 +68,15 @@ int64_t draw_from_all(const Kernels& kernels, const float* weights, int64_t coun
   return token;
 }
 
-// Each filter keeps the likeliest tokens up to some mass; what all of them keep is the least of these.
+// Each filter keeps the likeliest tokens up to some mass; top-p's is a share of what the others keep.
 int64_t draw_filtered(const WeighedRow& weighed, const Draws& draws, int64_t row) {
   RankedMass ranked(weighed, draws.top_k[row]);
   Mass kept = ranked.total();
+  if (draws.min_p[row] > 0) kept = std::min(kept, ranked.of_share(draws.min_p[row]));
   if (draws.top_p[row] < 1) {
     const double enough = std::ceil(static_cast<double>(draws.top_p[row]) * static_cast<double>(kept));
     kept = ranked.reaching(std::clamp<Mass>(static_cast<Mass>(enough), 1, kept));
   }
-  if (draws.min_p[row] > 0) kept = std::min(kept, ranked.of_share(draws.min_p[row]));
   return ranked.token_at(drawn(draws.uniform[row], kept));
 }
 

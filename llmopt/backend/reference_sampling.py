@@ -58,9 +58,9 @@ def _draw_filtered(scaled: Tensor, top: Tensor, draws: Draws) -> Tensor:
     rank = torch.arange(scaled.shape[1], device=scaled.device)
     top_k = _column(draws.top_k, scaled.device)
     weights.masked_fill_((top_k > 0) & (rank >= top_k), 0)
+    weights.masked_fill_(weights < _column(draws.min_p, scaled.device), 0)
     sums = weights.cumsum(-1)
     unlikely = sums - weights >= _column(draws.top_p, scaled.device) * sums[:, -1:]
-    unlikely |= weights < _column(draws.min_p, scaled.device)
     return tokens.gather(1, _inverse(weights.masked_fill_(unlikely, 0), draws)[:, None])[:, 0]
 
 

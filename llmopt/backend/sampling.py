@@ -1,6 +1,6 @@
 """How the rows of a step's logits are to be sampled: plain arrays, made on the host from what requests ask for.
 
-The order, as `reference_sampling` defines it: penalties, forbidden tokens, temperature, top-k, top-p, min-p, draw. All
+The order, as `reference_sampling` defines it: penalties, forbidden tokens, temperature, top-k, min-p, top-p, draw. All
 arrays are contiguous; R is the number of rows.
 """
 
@@ -17,7 +17,8 @@ class Draws(NamedTuple):
     Attributes:
         temperature: float32 [R], logits are divided by it; 0 takes the largest logit, and the rest does not matter.
         top_k: int64 [R], how many of the likeliest tokens stay; 0 for all.
-        top_p: float32 [R], above 0: the likeliest tokens stay until together they are at least so likely; 1 for all.
+        top_p: float32 [R], above 0: of what top-k and min-p leave, the likeliest tokens stay until together they have
+            at least this share; 1 for all.
         min_p: float32 [R], tokens less likely than this times the likeliest go; 0 for none.
         uniform: float64 [R], a random number 0 <= uniform < 1.
     """
