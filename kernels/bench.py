@@ -150,11 +150,11 @@ def print_sampling(multiplier: Multiplier) -> None:
     print(f"| sampling {rows} × {vocabulary:,}, {multiplier.instruction_set}, {multiplier.threads} threads | ms |")
     print("| --- | --- |")
     for name, settings in (
-        ("greedy", (None, None)),
-        ("temperature", (draws(0, 1, 0), None)),
-        ("penalties, temperature, top-k 50, top-p 0.95, min-p 0.05", (draws(50, 0.95, 0.05), penalties)),
+        ("greedy", (None, None, None)),
+        ("temperature", (draws(0, 1, 0), None, None)),
+        ("penalties, temperature, top-k 50, top-p 0.95, min-p 0.05", (draws(50, 0.95, 0.05), None, penalties)),
     ):
-        arguments = (logits.data_ptr(), rows, vocabulary, tokens.data_ptr(), *settings, None)
+        arguments = (logits.data_ptr(), rows, vocabulary, tokens.data_ptr(), *settings, None, None)
         (times,) = rounds(partial(multiplier.sample, *arguments))
         print(f"| {name} | {1e3 * median(times):.2f} |")
 

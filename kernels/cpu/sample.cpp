@@ -15,24 +15,40 @@ namespace {
 constexpr int64_t kSpan = 16384;  // logits of a row that is shared among threads
 constexpr int64_t kPadding = 16;  // what the kernels may write past the end of a row
 
-// Penalties, then what is forbidden; the same roundings, one by one, as the reference's.
-void adjust(const SamplingBatch& batch, int64_t row, float* logits) {
-  const Penalties& penalties = batch.penalties;
-  if (penalties.starts) {
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+// Calls each(i, logit) for the places i of a row's tokens in the lists; for none where the lists are not wanted.
+template <typename Each>
+void for_tokens(const TokenLists& lists, int64_t row, float* logits, const Each& each) {
+  if (!lists.starts) return;
+  for (int64_t i = lists.starts[row]; i < lists.starts[row + 1]; ++i) each(i, logits[lists.tokens[i]]);
+}
+
+void penalise(const Penalties& penalties, int64_t row, float* logits) {
+  for_tokens(penalties.lists, row, logits, [&](int64_t i, float& logit) {
     const float repetition = penalties.repetition[row];
-    for (int64_t i = penalties.starts[row]; i < penalties.starts[row + 1]; ++i) {
-      float& logit = logits[penalties.tokens[i]];
-      logit = logit > 0 ? logit / repetition : logit * repetition;
-      if (penalties.counts[i] == 0) continue;
-      const float often = penalties.frequency[row] * static_cast<float>(penalties.counts[i]);
-      logit -= often + penalties.presence[row];
-    }
-  }
-  if (batch.forbidden.starts) {
-    for (int64_t i = batch.forbidden.starts[row]; i < batch.forbidden.starts[row + 1]; ++i) {
-      logits[batch.forbidden.tokens[i]] = -std::numeric_limits<float>::infinity();
-    }
-  }
+    logit = logit > 0 ? logit / repetition : logit * repetition;
+    if (penalties.counts[i] == 0) return;
+    const float often = penalties.frequency[row] * static_cast<float>(penalties.counts[i]);
+    logit -= often + penalties.presence[row];
+  });
+}
+
+void keep_only(const TokenLists& allowed, int64_t row, float* logits, int64_t vocabulary) {
+  std::vector<float> kept;
+  for_tokens(allowed, row, logits, [&](int64_t, float logit) { kept.push_back(logit); });
+  if (kept.empty()) return;
+  std::fill_n(logits, vocabulary, kNever);
+  const float* next = kept.data();
+  for_tokens(allowed, row, logits, [&](int64_t, float& logit) { logit = *next++; });
+}
+
+// What the reference's `adjust` does, with the same roundings, one by one.
+void adjust(const SamplingBatch& batch, int64_t row, float* logits) {
+  for_tokens(batch.bias.lists, row, logits, [&](int64_t i, float& logit) { logit += batch.bias.values[i]; });
+  penalise(batch.penalties, row, logits);
+  for_tokens(batch.forbidden, row, logits, [](int64_t, float& logit) { logit = kNever; });
+  keep_only(batch.allowed, row, logits, batch.vocabulary);
 }
 
 Largest largest_by_spans(ThreadPool& pool, const Kernels& kernels, const float* logits, int64_t count) {

@@ -15,30 +15,36 @@ struct Draws {
   const double* uniform;     // 0 <= uniform < 1
 };
 
+// Tokens of each row.
+struct TokenLists {
+  const int64_t* starts;  // [rows + 1]: row r's tokens are starts[r] .. starts[r + 1] - 1
+  const int32_t* tokens;
+};
+
+// What is added to logits of some tokens, each of them once.
+struct Bias {
+  TokenLists lists;
+  const float* values;
+};
+
 // What earlier tokens cost; the settings have an element a row.
 struct Penalties {
   const float* repetition;
   const float* frequency;
   const float* presence;
-  const int64_t* starts;  // [rows + 1]: row r's tokens are starts[r] .. starts[r + 1] - 1
-  const int32_t* tokens;  // those of the prompt and the output, each once
+  TokenLists lists;       // the tokens of prompt and output, each once
   const int32_t* counts;  // how often the output has them
 };
 
-// Tokens that must not be chosen.
-struct Forbidden {
-  const int64_t* starts;  // [rows + 1]
-  const int32_t* tokens;
-};
-
-// Of draws, penalties and forbidden tokens, what is not wanted has null pointers; without draws all rows take their
-// largest logit.
+// What is not wanted has null pointers; without draws all rows take their largest logit.
 struct SamplingBatch {
   float* logits;  // [rows][vocabulary], overwritten
   int64_t rows, vocabulary;
   Draws draws;
+  Bias bias;
   Penalties penalties;
-  Forbidden forbidden;
+  TokenLists forbidden;  // must not be chosen
+  TokenLists allowed;    // nothing else may be chosen; a row without any may have all
 };
 
 // Writes rows tokens, spreading rows (or, where there is but one, spans of it) over the threads of the pool. What is

@@ -17,7 +17,8 @@ namespace {
 using DrawArrays = std::tuple<Array<float, 1>, Array<int64_t, 1>, Array<float, 1>, Array<float, 1>, Array<double, 1>>;
 using PenaltyArrays = std::tuple<Array<float, 1>, Array<float, 1>, Array<float, 1>, Array<int64_t, 1>,
                                  Array<int32_t, 1>, Array<int32_t, 1>>;
-using ForbiddenArrays = std::tuple<Array<int64_t, 1>, Array<int32_t, 1>>;
+using BiasArrays = std::tuple<Array<int64_t, 1>, Array<int32_t, 1>, Array<float, 1>>;
+using TokenArrays = std::tuple<Array<int64_t, 1>, Array<int32_t, 1>>;
 
 Draws view_of(const DrawArrays& arrays, int64_t rows) {
   const auto& [temperature, top_k, top_p, min_p, uniform] = arrays;
@@ -27,8 +28,8 @@ Draws view_of(const DrawArrays& arrays, int64_t rows) {
   return {temperature.data(), top_k.data(), top_p.data(), min_p.data(), uniform.data()};
 }
 
-// Whether starts cut tokens, all of them in the vocabulary, into rows.
-void check_ragged(const Array<int64_t, 1>& starts, const Array<int32_t, 1>& tokens, int64_t rows, int64_t vocabulary) {
+// Starts must cut the tokens, all of them in the vocabulary, into rows.
+TokenLists lists_of(const Array<int64_t, 1>& starts, const Array<int32_t, 1>& tokens, int64_t rows, int64_t vocabulary) {
   check(static_cast<int64_t>(starts.size()) == rows + 1 && starts(0) == 0 &&
             starts(starts.size() - 1) == static_cast<int64_t>(tokens.size()) &&
             std::is_sorted(starts.data(), starts.data() + starts.size()),
@@ -36,6 +37,13 @@ void check_ragged(const Array<int64_t, 1>& starts, const Array<int32_t, 1>& toke
   check(std::all_of(tokens.data(), tokens.data() + tokens.size(),
                     [&](int32_t token) { return token >= 0 && token < vocabulary; }),
         "a token is outside the vocabulary");
+  return {starts.data(), tokens.data()};
+}
+
+Bias view_of(const BiasArrays& arrays, int64_t rows, int64_t vocabulary) {
+  const auto& [starts, tokens, values] = arrays;
+  check(values.size() == tokens.size(), "every token must have a bias");
+  return {lists_of(starts, tokens, rows, vocabulary), values.data()};
 }
 
 Penalties view_of(const PenaltyArrays& arrays, int64_t rows, int64_t vocabulary) {
@@ -43,26 +51,28 @@ Penalties view_of(const PenaltyArrays& arrays, int64_t rows, int64_t vocabulary)
   for (const size_t size : {repetition.size(), frequency.size(), presence.size()}) {
     check(static_cast<int64_t>(size) == rows, "penalties must have an element a row");
   }
-  check_ragged(starts, tokens, rows, vocabulary);
   check(counts.size() == tokens.size(), "every token must have a count");
-  return {repetition.data(), frequency.data(), presence.data(), starts.data(), tokens.data(), counts.data()};
+  return {repetition.data(), frequency.data(), presence.data(), lists_of(starts, tokens, rows, vocabulary),
+          counts.data()};
 }
 
-Forbidden view_of(const ForbiddenArrays& arrays, int64_t rows, int64_t vocabulary) {
+TokenLists view_of(const TokenArrays& arrays, int64_t rows, int64_t vocabulary) {
   const auto& [starts, tokens] = arrays;
-  check_ragged(starts, tokens, rows, vocabulary);
-  return {starts.data(), tokens.data()};
+  return lists_of(starts, tokens, rows, vocabulary);
 }
 
 // Addresses of float32 logits [rows, vocabulary], which are overwritten, and of int64 tokens [rows].
 void sample_rows(Multiplier& multiplier, uintptr_t logits, int64_t rows, int64_t vocabulary, uintptr_t tokens,
-                 const std::optional<DrawArrays>& draws, const std::optional<PenaltyArrays>& penalties,
-                 const std::optional<ForbiddenArrays>& forbidden) {
+                 const std::optional<DrawArrays>& draws, const std::optional<BiasArrays>& bias,
+                 const std::optional<PenaltyArrays>& penalties, const std::optional<TokenArrays>& forbidden,
+                 const std::optional<TokenArrays>& allowed) {
   check(vocabulary > 0, "the vocabulary must not be empty");
-  SamplingBatch batch{reinterpret_cast<float*>(logits), rows, vocabulary, {}, {}, {}};
+  SamplingBatch batch{reinterpret_cast<float*>(logits), rows, vocabulary, {}, {}, {}, {}, {}};
   if (draws) batch.draws = view_of(*draws, rows);
+  if (bias) batch.bias = view_of(*bias, rows, vocabulary);
   if (penalties) batch.penalties = view_of(*penalties, rows, vocabulary);
   if (forbidden) batch.forbidden = view_of(*forbidden, rows, vocabulary);
+  if (allowed) batch.allowed = view_of(*allowed, rows, vocabulary);
   nb::gil_scoped_release unlocked;
   llmopt::sample(multiplier.pool(), multiplier.kernels(), batch, reinterpret_cast<int64_t*>(tokens));
 }
@@ -72,7 +82,8 @@ void sample_rows(Multiplier& multiplier, uintptr_t logits, int64_t rows, int64_t
 void bind_sampling(nb::class_<Multiplier>& multiplier) {
   multiplier.def(
       "sample", &sample_rows, nb::arg("logits"), nb::arg("rows"), nb::arg("vocabulary"), nb::arg("tokens"),
-      nb::arg("draws").none(), nb::arg("penalties").none(), nb::arg("forbidden").none(),
+      nb::arg("draws").none(), nb::arg("bias").none(), nb::arg("penalties").none(), nb::arg("forbidden").none(),
+      nb::arg("allowed").none(),
       "Choose a token for each row of float32 logits, which are overwritten; logits and int64 tokens by address.");
 }
 

@@ -79,9 +79,7 @@ class CpuBackend(ReferenceBackend):
         if logits.dtype != torch.float32 or not logits.is_contiguous():
             raise ValueError(f"logits are {logits.dtype} with strides {logits.stride()}, not contiguous float32")
         tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-        self.multiplier.sample(
-            logits.data_ptr(), *logits.shape, tokens.data_ptr(), batch.draws, batch.penalties, batch.forbidden
-        )
+        self.multiplier.sample(logits.data_ptr(), *logits.shape, tokens.data_ptr(), *batch)
         return tokens
 
     def _attend_decode(

@@ -8,15 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmopt.backend.sampling import Draws, Forbidden, Penalties, SamplingBatch
+from llmopt.backend.sampling import Bias, Draws, Penalties, SamplingBatch, TokenLists
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """One token for each row of float32 logits [R, vocabulary], which are overwritten: int64 [R]."""
-    if batch.penalties is not None:
-        _penalise(logits, batch.penalties)
-    if batch.forbidden is not None:
-        logits[_places(batch.forbidden, logits.device)] = -torch.inf
+    adjust(logits, batch)
     tokens = logits.argmax(-1)
     if batch.draws is None:
         return tokens
@@ -32,9 +29,28 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     return tokens
 
 
+def adjust(logits: Tensor, batch: SamplingBatch) -> None:
+    """All that changes float32 logits [R, vocabulary] before a token is chosen, in place."""
+    if batch.bias is not None:
+        logits[_places(batch.bias, logits.device)] += torch.from_numpy(batch.bias.values).to(logits.device)
+    if batch.penalties is not None:
+        _penalise(logits, batch.penalties)
+    if batch.forbidden is not None:
+        logits[_places(batch.forbidden, logits.device)] = -torch.inf
+    if batch.allowed is not None:
+        _keep_only(logits, batch.allowed)
+
+
+def _keep_only(logits: Tensor, allowed: TokenLists) -> None:
+    places = _places(allowed, logits.device)
+    kept = logits[places]
+    logits[places[0].unique()] = -torch.inf
+    logits[places] = kept
+
+
 def _penalise(logits: Tensor, penalties: Penalties) -> None:
     """Keskar et al. 2019 (arXiv:1909.05858) for repetition; presence and frequency as in OpenAI's API."""
-    places = _places(Forbidden(penalties.starts, penalties.tokens), logits.device)
+    places = _places(penalties, logits.device)
 
     def each(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(logits.device)[places[0]]
@@ -75,7 +91,7 @@ def _column(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)[:, None]
 
 
-def _places(ragged: Forbidden, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows and the tokens of a ragged list, as an index into logits."""
-    rows = np.repeat(np.arange(len(ragged.starts) - 1), np.diff(ragged.starts))
-    return torch.from_numpy(rows).to(device), torch.from_numpy(ragged.tokens).long().to(device)
+def _places(lists: TokenLists | Bias | Penalties, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows and the tokens of lists, as an index into logits."""
+    rows = np.repeat(np.arange(len(lists.starts) - 1), np.diff(lists.starts))
+    return torch.from_numpy(rows).to(device), torch.from_numpy(lists.tokens).long().to(device)

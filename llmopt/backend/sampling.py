@@ -1,10 +1,9 @@
 """How the rows of a step's logits are to be sampled: plain arrays, made on the host from what requests ask for.
 
-The order, as `reference_sampling` defines it: penalties, forbidden tokens, temperature, top-k, min-p, top-p, draw. All
-arrays are contiguous; R is the number of rows.
+The order, as `reference_sampling` defines it: bias, penalties, forbidden and allowed tokens; then temperature, top-k,
+min-p, top-p, draw. All arrays are contiguous; R is the number of rows.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +37,21 @@ class Draws(NamedTuple):
         return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
 
 
+class TokenLists(NamedTuple):
+    """Tokens of each row: int32 `tokens`, row r's from int64 starts[r] to starts[r + 1]; `starts` is [R + 1]."""
+
+    starts: NDArray[np.int64]
+    tokens: NDArray[np.int32]
+
+
+class Bias(NamedTuple):
+    """What is added to logits: float32 `values`, one for each token of lists that hold a token once in a row."""
+
+    starts: NDArray[np.int64]
+    tokens: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+
 class Penalties(NamedTuple):
     """What tokens that a request has already cost.
 
@@ -59,17 +73,17 @@ class Penalties(NamedTuple):
     counts: NDArray[np.int32]
 
 
-class Forbidden(NamedTuple):
-    """Tokens that must not be chosen: int32 `tokens`, row r's from int64 starts[r] to starts[r + 1]."""
+class SamplingBatch(NamedTuple):
+    """What the rows of a step want; None where no row wants it.
 
-    starts: NDArray[np.int64]
-    tokens: NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class SamplingBatch:
-    """What the rows of a step want; None where no row wants it. Without draws every row takes its largest logit."""
+    Attributes:
+        draws: without them every row takes its largest logit.
+        forbidden: tokens that must not be chosen.
+        allowed: the only tokens that may be chosen; a row whose list is empty may have any.
+    """
 
     draws: Draws | None = None
+    bias: Bias | None = None
     penalties: Penalties | None = None
-    forbidden: Forbidden | None = None
+    forbidden: TokenLists | None = None
+    allowed: TokenLists | None = None

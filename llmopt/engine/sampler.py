@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmopt.backend.base import Backend
-from llmopt.backend.sampling import Draws, Forbidden, Penalties, SamplingBatch
+from llmopt.backend.sampling import Draws, Penalties, SamplingBatch, TokenLists
 from llmopt.engine.outputs import TokenLogprobs
 from llmopt.engine.request import Request
 
@@ -37,11 +37,13 @@ class Sampler:
     def __call__(self, logits: Tensor, requests: list[Request]) -> Sampled:
         """Sample from float32 logits [len(requests), vocabulary], which are overwritten."""
         report = _LogprobReport.prepare(logits, requests)
-        batch = SamplingBatch(_draws(requests), _penalties(requests), self._early_ends(requests))
+        batch = SamplingBatch(
+            draws=_draws(requests), penalties=_penalties(requests), forbidden=self._early_ends(requests)
+        )
         tokens = self.backend.sample(logits, batch)
         return Sampled(tokens.tolist(), report.of(tokens) if report else [None] * len(requests))
 
-    def _early_ends(self, requests: list[Request]) -> Forbidden | None:
+    def _early_ends(self, requests: list[Request]) -> TokenLists | None:
         """The end tokens of requests that must not end yet."""
         ends = [
             [*self.eos_ids, *request.params.stop_token_ids] if request.output_length < request.params.min_tokens else []
@@ -49,7 +51,7 @@ class Sampler:
         ]
         if not any(ends):
             return None
-        return Forbidden(_starts([len(tokens) for tokens in ends]), np.array(list(chain(*ends)), np.int32))
+        return TokenLists(_starts([len(tokens) for tokens in ends]), np.array(list(chain(*ends)), np.int32))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmopt.backend import reference_sampling
 from llmopt.backend.reference import ReferenceBackend
-from llmopt.backend.sampling import Draws, Forbidden, Penalties, SamplingBatch
+from llmopt.backend.sampling import Bias, Draws, Penalties, SamplingBatch, TokenLists
 
 _cpu = pytest.importorskip("llmopt.kernels._cpu", reason="the compiled kernels are not built")
 cpu = pytest.importorskip("llmopt.backend.cpu")
@@ -48,10 +49,10 @@ def make_draws(generator: np.random.Generator, *columns: list[float]) -> Draws:
     return Draws(*(np.array(column, t) for column, t in zip(columns, types, strict=True)), uniform)
 
 
-def ragged_tokens(generator: np.random.Generator, rows: int, vocabulary: int) -> Forbidden:
+def ragged_tokens(generator: np.random.Generator, rows: int, vocabulary: int) -> TokenLists:
     lists = [generator.choice(vocabulary, generator.integers(0, vocabulary), replace=False) for _ in range(rows)]
     starts = np.cumsum([0, *(len(tokens) for tokens in lists)], dtype=np.int64)
-    return Forbidden(starts, np.concatenate(lists).astype(np.int32))
+    return TokenLists(starts, np.concatenate(lists).astype(np.int32))
 
 
 def make_penalties(generator: np.random.Generator, rows: int, vocabulary: int) -> Penalties:
@@ -59,6 +60,11 @@ def make_penalties(generator: np.random.Generator, rows: int, vocabulary: int) -
     repetition = generator.choice([1.0, 1.1, 0.5, 7.0], rows).astype(np.float32)
     frequency, presence = generator.choice([0.0, 0.1, -2.0, 1.7], (2, rows)).astype(np.float32)
     return Penalties(repetition, frequency, presence, starts, tokens, generator.integers(0, 4, len(tokens), np.int32))
+
+
+def make_bias(generator: np.random.Generator, rows: int, vocabulary: int) -> Bias:
+    starts, tokens = ragged_tokens(generator, rows, vocabulary)
+    return Bias(starts, tokens, generator.choice([-100.0, -0.3, 0.0, 1e-7, 5.0, 100.0], len(tokens)).astype(np.float32))
 
 
 def order_of_tokens(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -88,6 +94,12 @@ def permitted(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     return (torch.stack(bounds).amin(0) <= places) & (places <= torch.stack(bounds).amax(0))
 
 
+def any_changes(generator: np.random.Generator, rows: int, vocabulary: int, data) -> list:
+    """The parts of a SamplingBatch that change logits, each of them or None."""
+    makers = (make_bias, make_penalties, ragged_tokens, ragged_tokens)
+    return [make(generator, rows, vocabulary) if data.draw(st.booleans()) else None for make in makers]
+
+
 def check_all(logits: torch.Tensor, batch: SamplingBatch) -> None:
     allowed = permitted(logits, batch)
     for backend in BACKENDS:
@@ -103,12 +115,59 @@ def test_the_same_as_the_definition(data) -> None:
     kind = data.draw(st.sampled_from(["spread", "tied", "near", "equal", "extreme"]))
     logits = random_logits(generator, rows, vocabulary, kind)
     columns = [data.draw(st.lists(each, min_size=rows, max_size=rows)) for each in (TEMPERATURES, *FILTERS)]
-    batch = SamplingBatch(
-        make_draws(generator, *columns) if data.draw(st.booleans()) else None,
-        make_penalties(generator, rows, vocabulary) if data.draw(st.booleans()) else None,
-        ragged_tokens(generator, rows, vocabulary) if data.draw(st.booleans()) else None,
-    )
-    check_all(logits, batch)
+    draws = make_draws(generator, *columns) if data.draw(st.booleans()) else None
+    check_all(logits, SamplingBatch(draws, *any_changes(generator, rows, vocabulary, data)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_logits_are_changed_to_the_same_floats(data) -> None:
+    """A backend leaves the logits as they were when it chose."""
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, vocabulary = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([1, 2, 15, 64, 300]))
+    logits = random_logits(generator, rows, vocabulary, data.draw(st.sampled_from(["spread", "tied", "extreme"])))
+    batch = SamplingBatch(None, *any_changes(generator, rows, vocabulary, data))
+    expected = logits.clone()
+    reference_sampling.adjust(expected, batch)
+    for backend in BACKENDS:
+        changed = logits.clone()
+        backend.sample(changed, batch)
+        torch.testing.assert_close(changed, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def token_by_token(logits: np.ndarray, batch: SamplingBatch) -> np.ndarray:
+    """What `adjust` is to do, one float at a time."""
+    changed = logits.copy()
+
+    def tokens_of(lists, row: int) -> dict[int, int]:
+        places = range(lists.starts[row], lists.starts[row + 1])
+        return {int(lists.tokens[place]): place for place in places}
+
+    for row, token in np.ndindex(*logits.shape):
+        value = logits[row, token]
+        if batch.bias and token in tokens_of(batch.bias, row):
+            value += batch.bias.values[tokens_of(batch.bias, row)[token]]
+        if batch.penalties and token in tokens_of(batch.penalties, row):
+            repetition, frequency, presence, _, _, counts = batch.penalties
+            count = np.float32(counts[tokens_of(batch.penalties, row)[token]])
+            value = value / repetition[row] if value > 0 else value * repetition[row]
+            value -= (frequency[row] * count + presence[row]) if count else np.float32(0)
+        only = tokens_of(batch.allowed, row) if batch.allowed else {}
+        banned = batch.forbidden is not None and token in tokens_of(batch.forbidden, row)
+        changed[row, token] = -np.inf if banned or (only and token not in only) else value
+    return changed
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_the_definition_does_what_it_says(data) -> None:
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, vocabulary = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    logits = random_logits(generator, rows, vocabulary, "spread")
+    batch = SamplingBatch(None, *any_changes(generator, rows, vocabulary, data))
+    expected = torch.from_numpy(token_by_token(logits.numpy(), batch))
+    reference_sampling.adjust(logits, batch)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
 
 
 def same_draws(
@@ -142,8 +201,9 @@ def test_whole_vocabularies(setting: dict, spread: float) -> None:
     generator = np.random.default_rng(1)
     rows, vocabulary = 3, 50_000
     logits = torch.from_numpy(generator.normal(0, spread, (rows, vocabulary)).astype(np.float32))
-    batch = SamplingBatch(same_draws(rows, **setting), make_penalties(generator, rows, vocabulary))
-    check_all(logits, batch)
+    bias, penalties = make_bias(generator, rows, vocabulary), make_penalties(generator, rows, vocabulary)
+    allowed = ragged_tokens(generator, rows, vocabulary)
+    check_all(logits, SamplingBatch(same_draws(rows, **setting), bias, penalties, None, allowed))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -197,6 +257,31 @@ def test_tokens_come_as_often_as_they_should(setting: dict, kept: int) -> None:
         assert ((counts[wanted > 0] - expected) ** 2 / expected).sum() < critical
 
 
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [({}, [1, 2, 4, 5]), ({"top_k": 3}, [1, 2, 4]), ({"top_p": 0.5}, [1, 2]), ({"min_p": 0.2}, [1, 2, 4])],
+)
+def test_bias_and_allowed_tokens_change_what_is_drawn_from(setting: dict, kept: list[int]) -> None:
+    """Pearson's chi-square at 0.1%, of four tokens left of six, two of them made likelier."""
+    rows = 20_000
+    probabilities = np.array([0.4, 0.05, 0.05, 0.3, 0.1, 0.02])
+    factors = np.array([1, 8, 6, 1, 1, 1])
+    allowed = np.tile(np.array([1, 2, 4, 5], np.int32), rows)
+    bias = np.tile(np.array([1, 2], np.int32), rows)
+    batch = SamplingBatch(
+        same_draws(rows, 1.0, **setting, seed=5),
+        Bias(2 * np.arange(rows + 1), bias, np.log(factors[bias]).astype(np.float32)),
+        allowed=TokenLists(4 * np.arange(rows + 1), allowed),
+    )
+    logits = torch.from_numpy(np.log(probabilities).astype(np.float32)).expand(rows, -1)
+    expected = rows * (probabilities * factors)[kept] / (probabilities * factors)[kept].sum()
+    critical = {2: 10.83, 3: 13.82, 4: 16.27}[len(kept)]
+    for backend in (REFERENCE, *BACKENDS):
+        counts = np.bincount(backend.sample(logits.clone(), batch).numpy(), minlength=6)
+        assert counts[kept].sum() == rows
+        assert ((counts[kept] - expected) ** 2 / expected).sum() < critical
+
+
 def test_what_is_no_number_has_a_meaning() -> None:
     rows = torch.tensor(
         [[1, math.nan, 2, math.nan], [1, math.inf, 2, math.inf], [-math.inf] * 4, [-math.inf, 0, -math.inf, -math.inf]]
@@ -211,11 +296,13 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     logits, backend = torch.zeros(2, 8), BACKENDS[0]
     starts, tokens = np.array([0, 1, 2], np.int64), np.array([0, 7], np.int32)
     ones = np.ones(2, np.float32)
-    assert backend.sample(logits, SamplingBatch(forbidden=Forbidden(starts, tokens))).tolist() == [1, 0]
+    assert backend.sample(logits, SamplingBatch(forbidden=TokenLists(starts, tokens))).tolist() == [1, 0]
     wrong = {
         "row": SamplingBatch(draws=same_draws(3, 1.0)),
-        "vocabulary": SamplingBatch(forbidden=Forbidden(starts, tokens + 1)),
-        "starts": SamplingBatch(forbidden=Forbidden(starts[:2], tokens)),
+        "vocabulary": SamplingBatch(forbidden=TokenLists(starts, tokens + 1)),
+        "outside": SamplingBatch(allowed=TokenLists(starts, tokens - 1)),
+        "starts": SamplingBatch(forbidden=TokenLists(starts[:2], tokens)),
+        "bias": SamplingBatch(bias=Bias(starts, tokens, ones[:1])),
         "count": SamplingBatch(penalties=Penalties(ones, ones, ones, starts, tokens, tokens[:1])),
         "a row": SamplingBatch(penalties=Penalties(ones, ones[:1], ones, starts, tokens, tokens)),
     }
