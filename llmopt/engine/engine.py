@@ -1,7 +1,7 @@
 """The loop that all of llmopt runs on: schedule, compute, sample, give out."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from llmopt.engine.batch import build_batch
 from llmopt.engine.block_pool import BlockPool
@@ -13,6 +13,7 @@ from llmopt.engine.request import Request
 from llmopt.engine.runner import Runner
 from llmopt.engine.sampler import Sampler
 from llmopt.engine.scheduler import Scheduler
+from llmopt.engine.token_rules import TokenRules
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
 from llmopt.model.source import open_source
@@ -36,8 +37,7 @@ class Engine:
         self.max_model_len = self.runner.plan.max_model_len
         self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
-        ends = frozenset(i for i in self.tokenizer.eos_ids if i < source.config.vocab_size)
-        self.sampler = Sampler(self.runner.backend, ends)
+        self.sampler = Sampler(self.runner.backend)
         self._generations: dict[str, Generation] = {}
         self._seeds = random.Random(config.seed)
         self._steps = self._prompt_tokens = self._generation_tokens = 0
@@ -45,17 +45,18 @@ class Engine:
     def add(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         """Let a prompt of tokens wait for its turn.
 
-        Raises InputError where it can never be served: empty, too long, a token that does not exist, an id in use, or
-        more than one completion (whoever wants several adds several requests).
+        Raises InputError where it can never be served: empty, too long, a token that does not exist, no token left to
+        choose, an id in use, or more than one completion (whoever wants several adds several requests).
         """
         if request_id in self._generations:
             raise InputError(f"there is a request {request_id} already")
         if params.n != 1:
             raise InputError("the engine generates one completion a request; add one request for each")
         self.check_prompt(prompt)
-        self._check_tokens(params.stop_token_ids, "stop_token_ids")
+        for name, tokens in params.named_tokens.items():
+            self._check_tokens(tokens, name)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        request = Request(request_id, prompt, params, seed)
+        request = Request(request_id, prompt, params, seed, self._rules(params))
         self._generations[request_id] = Generation(request, self.tokenizer, self.max_model_len)
         self.scheduler.add(request)
 
@@ -113,7 +114,11 @@ class Engine:
         """Raise LlmoptError unless every cache block is either free or in exactly one request's table."""
         self.scheduler.check()
 
-    def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
+    def _rules(self, params: SamplingParams) -> TokenRules:
+        size = self.model_config.vocab_size
+        return TokenRules.of(params, self.tokenizer, frozenset(i for i in self.tokenizer.eos_ids if i < size), size)
+
+    def _check_tokens(self, tokens: Collection[int], what: str) -> None:
         last = self.model_config.vocab_size - 1
         if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
             raise InputError(f"{what} holds a token outside the vocabulary of 0 to {last}")

@@ -23,7 +23,7 @@ class Generation:
         request.tokens.append(token_id)
         stop_reason: str | int | None
         reason, stop_reason = self._end_by_token(token_id)
-        if reason == "stop" and not (request.params.include_stop_str_in_output and stop_reason is not None):
+        if reason == "stop" and not request.params.include_stop_str_in_output:
             text = ""  # the token that ends a text is not part of it
         else:
             text = self.detokenizer.add(token_id, request.output_length >= request.params.min_tokens)

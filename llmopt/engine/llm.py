@@ -1,7 +1,6 @@
 """The engine from Python: `LLM("smollm2").generate(["Once upon a time"])`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 from llmopt.engine.config import EngineConfig
@@ -78,12 +77,11 @@ class LLM:
     def _add(self, result: RequestOutput, params: SamplingParams, completions: dict[str, CompletionOutput]) -> None:
         """One engine request for each of the `n` completions of a prompt, each with a seed of its own."""
         for index in range(params.n):
-            seed = None if params.seed is None else params.seed + index
             completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
             request_id = f"{result.request_id}-{index}"
             completions[request_id] = completion
             result.outputs.append(completion)
-            self.engine.add(request_id, result.prompt_token_ids, replace(params, n=1, seed=seed))
+            self.engine.add(request_id, result.prompt_token_ids, params.of_choice(index))
 
 
 def _extend(completion: CompletionOutput, delta: Delta) -> None:

@@ -5,6 +5,7 @@ from collections.abc import MutableSequence
 
 from llmopt.engine.params import SamplingParams
 from llmopt.engine.token_counts import TokenCounts
+from llmopt.engine.token_rules import NO_RULES, TokenRules
 
 
 class Request:
@@ -17,13 +18,17 @@ class Request:
         blocks: its block table, the numbers of the cache blocks it holds, in order; 32-bit integers, which a batch
             takes over without looking at each.
         seed: what its random choices are drawn from.
+        rules: which tokens it favours and which it rules out.
         counts: what its penalties are counted by; whoever samples lets it catch up, where there are penalties.
     """
 
-    def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, seed: int) -> None:
+    def __init__(
+        self, request_id: str, prompt: list[int], params: SamplingParams, seed: int, rules: TokenRules = NO_RULES
+    ) -> None:
         self.id = request_id
         self.params = params
         self.seed = seed
+        self.rules = rules
         self.prompt_length = len(prompt)
         self.tokens = list(prompt)
         self.computed = 0

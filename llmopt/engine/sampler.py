@@ -2,16 +2,17 @@
 
 import hashlib
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmopt.backend.base import Backend
-from llmopt.backend.sampling import Draws, Penalties, SamplingBatch, TokenLists
+from llmopt.backend.sampling import Bias, Draws, Penalties, SamplingBatch, TokenLists
+from llmopt.engine.logprobs import report
 from llmopt.engine.outputs import TokenLogprobs
 from llmopt.engine.request import Request
+from llmopt.engine.token_rules import NO_RULES
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,23 @@ class Sampler:
     batch: the only random number it takes is a hash of its seed and of how many tokens it has.
     """
 
-    def __init__(self, backend: Backend, eos_ids: frozenset[int]) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.eos_ids = eos_ids
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor, requests: list[Request]) -> Sampled:
         """Sample from float32 logits [len(requests), vocabulary], which are overwritten."""
-        report = _LogprobReport.prepare(logits, requests)
-        batch = SamplingBatch(
-            draws=_draws(requests), penalties=_penalties(requests), forbidden=self._early_ends(requests)
-        )
+        wanted = {row: one.params.logprobs for row, one in enumerate(requests) if one.params.logprobs is not None}
+        rows = list(wanted)
+        # As the model gave them, so before anything changes the logits.
+        logprobs = logits[rows].log_softmax(-1) if rows else None
+        batch = SamplingBatch(_draws(requests), _bias(requests), _penalties(requests), *_limits(requests))
         tokens = self.backend.sample(logits, batch)
-        return Sampled(tokens.tolist(), report.of(tokens) if report else [None] * len(requests))
-
-    def _early_ends(self, requests: list[Request]) -> TokenLists | None:
-        """The end tokens of requests that must not end yet."""
-        ends = [
-            [*self.eos_ids, *request.params.stop_token_ids] if request.output_length < request.params.min_tokens else []
-            for request in requests
-        ]
-        if not any(ends):
-            return None
-        return TokenLists(_starts([len(tokens) for tokens in ends]), np.array(list(chain(*ends)), np.int32))
+        reports: list[TokenLogprobs | None] = [None] * len(requests)
+        if logprobs is not None:
+            for row, found in zip(rows, report(logprobs, tokens[rows], list(wanted.values())), strict=True):
+                reports[row] = found
+        return Sampled(tokens.tolist(), reports)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -73,6 +68,25 @@ def _draws(requests: list[Request]) -> Draws | None:
     )
 
 
+def _bias(requests: list[Request]) -> Bias | None:
+    rules = [request.rules for request in requests]
+    if not any(len(one.bias_tokens) for one in rules):
+        return None
+    return Bias(*_joined([one.bias_tokens for one in rules]), np.concatenate([one.bias_values for one in rules]))
+
+
+def _limits(requests: list[Request]) -> tuple[TokenLists | None, TokenLists | None]:
+    """The tokens that are forbidden, and those that alone are allowed."""
+    if all(request.rules is NO_RULES for request in requests):
+        return None, None
+    forbidden = [request.rules.forbidden(request.tokens, request.prompt_length) for request in requests]
+    allowed = [request.rules.allowed for request in requests]
+    return (
+        _joined([np.fromiter(tokens, np.int32, len(tokens)) for tokens in forbidden]) if any(forbidden) else None,
+        _joined(allowed) if any(map(len, allowed)) else None,
+    )
+
+
 def _penalties(requests: list[Request]) -> Penalties | None:
     if not any(request.params.has_penalties for request in requests):
         return None
@@ -81,46 +95,14 @@ def _penalties(requests: list[Request]) -> Penalties | None:
             request.counts.catch_up(request.tokens, request.prompt_length)
     params = [request.params for request in requests]
     return Penalties(
-        repetition=np.array([one.repetition_penalty for one in params], np.float32),
-        frequency=np.array([one.frequency_penalty for one in params], np.float32),
-        presence=np.array([one.presence_penalty for one in params], np.float32),
-        starts=_starts([len(request.counts.tokens) for request in requests]),
-        tokens=np.concatenate([np.asarray(request.counts.tokens, np.int32) for request in requests]),
+        np.array([one.repetition_penalty for one in params], np.float32),
+        np.array([one.frequency_penalty for one in params], np.float32),
+        np.array([one.presence_penalty for one in params], np.float32),
+        *_joined([np.asarray(request.counts.tokens, np.int32) for request in requests]),
         counts=np.concatenate([np.asarray(request.counts.counts, np.int32) for request in requests]),
     )
 
 
-def _starts(lengths: list[int]) -> np.ndarray:
-    """Where each of several lists begins when they lie end to end, and where the last ends."""
-    return np.cumsum([0, *lengths], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class _LogprobReport:
-    """Log-probabilities as the model gave them, of the rows that want some, before penalties change the logits."""
-
-    rows: list[int]
-    wanted: list[int | None]
-    logprobs: Tensor
-
-    @classmethod
-    def prepare(cls, logits: Tensor, requests: list[Request]) -> "_LogprobReport | None":
-        wanted = [request.params.logprobs for request in requests]
-        rows = [row for row, count in enumerate(wanted) if count is not None]
-        if not rows:
-            return None
-        own = logits if len(rows) == len(requests) else logits[rows]
-        return cls(rows, wanted, own.log_softmax(-1))
-
-    def of(self, tokens: Tensor) -> list[TokenLogprobs | None]:
-        """One report for each request, None where it wants none, for the tokens [requests] that were chosen."""
-        chosen = tokens[self.rows]
-        own = self.logprobs.gather(1, chosen[:, None])
-        ranks = (self.logprobs >= own).sum(-1).tolist()
-        values, ids = self.logprobs.topk(max(count or 0 for count in self.wanted), dim=-1)
-        reports: list[TokenLogprobs | None] = [None] * len(self.wanted)
-        each = zip(self.rows, chosen.tolist(), own[:, 0].tolist(), ranks, ids.tolist(), values.tolist(), strict=True)
-        for row, token, logprob, rank, top_ids, top_values in each:
-            top = list(zip(top_ids, top_values, strict=True))[: self.wanted[row]]
-            reports[row] = TokenLogprobs(token, logprob, rank, top)
-        return reports
+def _joined(lists: list[np.ndarray]) -> TokenLists:
+    """Lists of tokens, one a row, end to end."""
+    return TokenLists(np.cumsum([0, *map(len, lists)], dtype=np.int64), np.concatenate(lists))

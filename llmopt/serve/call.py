@@ -4,7 +4,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llmopt.engine.outputs import Delta
@@ -130,9 +130,7 @@ class Call(ABC):
         works = []
         for prompt in self.prompts:
             params = SamplingParams(**{**options, "max_tokens": self._check_length(prompt, ready)})
-            for choice in range(params.n):
-                seed = None if params.seed is None else params.seed + choice
-                works.append((prompt, replace(params, n=1, seed=seed)))
+            works += [(prompt, params.of_choice(choice)) for choice in range(params.n)]
         return works
 
     def _check_length(self, prompt: list[int], ready: Ready) -> int | None:
