@@ -3,16 +3,19 @@
 import random
 from collections.abc import Collection
 
-from llmopt.engine.batch import build_batch
+from torch import Tensor
+
+from llmopt.engine.batch import Batch, build_batch
 from llmopt.engine.block_pool import BlockPool
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.generation import Generation
 from llmopt.engine.outputs import Delta, EngineStats
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.prompt_logprobs import due_tokens, report_prompts
 from llmopt.engine.request import Request
 from llmopt.engine.runner import Runner
 from llmopt.engine.sampler import Sampler
-from llmopt.engine.scheduler import Scheduler
+from llmopt.engine.scheduler import Chunk, Scheduler
 from llmopt.engine.token_rules import TokenRules
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
@@ -86,7 +89,7 @@ class Engine:
         if not chunks:
             return []
         batch = build_batch(chunks, self.config.block_size, self.runner.backend.device)
-        sampled = self.sampler(self.runner.run(batch), batch.sampling)
+        sampled = self.sampler(self._compute(chunks, batch), batch.sampling)
         self.scheduler.retire(chunks)
         deltas = []
         for request, token, logprobs in zip(batch.sampling, sampled.token_ids, sampled.logprobs, strict=True):
@@ -97,6 +100,15 @@ class Engine:
         self._steps += 1
         self._generation_tokens += len(deltas)
         return deltas
+
+    def _compute(self, chunks: list[Chunk], batch: Batch) -> Tensor:
+        """The logits to sample from; on the way, what is to be reported of prompts."""
+        due = due_tokens(chunks)
+        if not due:
+            return self.runner.run(batch)
+        hidden = self.runner.hidden(batch)
+        report_prompts(due, hidden, self.runner)
+        return self.runner.logits(hidden[batch.last_rows])
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -40,6 +40,7 @@ class Generation:
             stop_reason=stop_reason,
             prompt_tokens=request.prompt_length,
             output_tokens=request.output_length,
+            prompt_logprobs=request.prompt_logprobs if request.output_length == 1 else None,
         )
 
     def _end_by_token(self, token_id: int) -> tuple[FinishReason | None, int | None]:

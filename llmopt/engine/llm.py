@@ -1,6 +1,7 @@
 """The engine from Python: `LLM("smollm2").generate(["Once upon a time"])`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from llmopt.engine.config import EngineConfig
@@ -59,7 +60,7 @@ class LLM:
         return self.generate(self.engine.tokenizer.encode_chat(messages, **variables), params)[0]
 
     def _run(self, work: Iterable[tuple[RequestOutput, SamplingParams]], on_step: Callable[[int], None] | None) -> None:
-        completions: dict[str, CompletionOutput] = {}
+        completions: dict[str, tuple[RequestOutput, CompletionOutput]] = {}
         steps = 0
         try:
             for result, params in work:
@@ -67,24 +68,34 @@ class LLM:
             while self.engine.has_work:
                 steps += 1
                 for delta in self.engine.step():
-                    _extend(completions[delta.request_id], delta)
+                    _extend(*completions[delta.request_id], delta)
                 if on_step is not None:
                     on_step(steps)
         finally:
             for request_id in completions:  # after Ctrl-C or an error nothing may be left behind
                 self.engine.abort(request_id)
 
-    def _add(self, result: RequestOutput, params: SamplingParams, completions: dict[str, CompletionOutput]) -> None:
-        """One engine request for each of the `n` completions of a prompt, each with a seed of its own."""
+    def _add(
+        self,
+        result: RequestOutput,
+        params: SamplingParams,
+        completions: dict[str, tuple[RequestOutput, CompletionOutput]],
+    ) -> None:
+        """One engine request for each of the `n` completions of a prompt; the first tells of the prompt."""
         for index in range(params.n):
             completion = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
             request_id = f"{result.request_id}-{index}"
-            completions[request_id] = completion
+            completions[request_id] = result, completion
             result.outputs.append(completion)
-            self.engine.add(request_id, result.prompt_token_ids, params.of_choice(index))
+            choice = params.of_choice(index)
+            if index > 0:
+                choice = replace(choice, prompt_logprobs=None)
+            self.engine.add(request_id, result.prompt_token_ids, choice)
 
 
-def _extend(completion: CompletionOutput, delta: Delta) -> None:
+def _extend(result: RequestOutput, completion: CompletionOutput, delta: Delta) -> None:
+    if delta.prompt_logprobs is not None:
+        result.prompt_logprobs = delta.prompt_logprobs
     completion.text += delta.text
     completion.token_ids += delta.token_ids
     completion.finish_reason = delta.finish_reason

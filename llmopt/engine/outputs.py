@@ -33,6 +33,8 @@ class Delta:
     Attributes:
         stop_reason: the stop string or stop token that ended it, None for the model's own end token.
         prompt_tokens, output_tokens: how many so far.
+        prompt_logprobs: in the first delta of a request that wants them, one for each token of the prompt; the first of
+            them is None, because nothing comes before it.
     """
 
     request_id: str
@@ -43,6 +45,7 @@ class Delta:
     stop_reason: str | int | None
     prompt_tokens: int
     output_tokens: int
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,10 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """All completions of one prompt."""
+    """All completions of one prompt. `prompt_logprobs`: as in `Delta`."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import MutableSequence
 
+from llmopt.engine.outputs import TokenLogprobs
 from llmopt.engine.params import SamplingParams
 from llmopt.engine.token_counts import TokenCounts
 from llmopt.engine.token_rules import NO_RULES, TokenRules
@@ -20,6 +21,8 @@ class Request:
         seed: what its random choices are drawn from.
         rules: which tokens it favours and which it rules out.
         counts: what its penalties are counted by; whoever samples lets it catch up, where there are penalties.
+        prompt_logprobs: what has been reported of its prompt's tokens, from the first, of which there is nothing to
+            report; None where nobody wants it.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Request:
         self.computed = 0
         self.blocks: MutableSequence[int] = array("i")
         self.counts = TokenCounts()
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 
     @property
     def known(self) -> int:
@@ -42,6 +46,11 @@ class Request:
     @property
     def output_length(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def skip_reading_prefix_cache(self) -> bool:
+        """Whether every token of the prompt must be computed, since something is still to be reported of it."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
 
     @property
     def prompt(self) -> list[int]:

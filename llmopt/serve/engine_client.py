@@ -150,6 +150,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
     if len(deltas) == 1:
         return last
     logprobs = None if last.logprobs is None else [entry for delta in deltas for entry in delta.logprobs or ()]
+    of_prompt = (delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None)
     return Delta(
         request_id=last.request_id,
         text="".join(delta.text for delta in deltas),
@@ -159,6 +160,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
         stop_reason=last.stop_reason,
         prompt_tokens=last.prompt_tokens,
         output_tokens=last.output_tokens,
+        prompt_logprobs=next(of_prompt, None),
     )
 
 
