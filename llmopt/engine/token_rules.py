@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,10 +92,11 @@ class TokenRules:
 NO_RULES = TokenRules()
 
 
-def _spellings(word: str, tokenizer: Tokenizer) -> set[tuple[int, ...]]:
+@lru_cache(maxsize=1024)  # every choice of a request has the same words
+def _spellings(word: str, tokenizer: Tokenizer) -> frozenset[tuple[int, ...]]:
     """The tokens of a word at the beginning of a text and after a space, which many tokenizers make part of a token."""
     bare = word.lstrip()
-    spellings = {tuple(tokenizer.encode(start + bare, add_special_tokens=False)) for start in ("", " ")}
+    spellings = frozenset(tuple(tokenizer.encode(start + bare, add_special_tokens=False)) for start in ("", " "))
     if () in spellings:
         raise InputError(f"the bad word {word!r:.80} makes no tokens")
     return spellings

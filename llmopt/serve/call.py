@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llmopt.engine.outputs import Delta
+from llmopt.engine.outputs import Delta, TokenLogprobs
 from llmopt.engine.params import PARAMETER_NAMES, SamplingParams
+from llmopt.engine.token_rules import TokenRules
 from llmopt.errors import InputError
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.serve.errors import ApiError
@@ -59,6 +60,10 @@ class Call(ABC):
     @abstractmethod
     def logprobs(self) -> int | None:
         """How many alternatives each step must report; None for no report."""
+
+    def prompt_logprobs(self) -> int | None:
+        """How many alternatives are to be reported of each token of a prompt; None for no report."""
+        return self.request.prompt_logprobs
 
     @abstractmethod
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
@@ -112,6 +117,19 @@ class Call(ABC):
         fields = {"index": index, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
         return {**fields, "token_ids": delta.token_ids} if self.request.return_token_ids else fields
 
+    def prompt_report(self, delta: Delta) -> dict[str, Any]:
+        """The field `prompt_logprobs` as vLLM has it, where it was asked for."""
+        if self.request.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": [step and self._by_token(step) for step in delta.prompt_logprobs or ()]}
+
+    def _by_token(self, step: TokenLogprobs) -> dict[str, dict[str, Any]]:
+        ranked = [(rank, *pair) for rank, pair in enumerate(step.top[: self.request.prompt_logprobs], 1)]
+        return {
+            str(token): {"logprob": finite(logprob), "rank": rank, "decoded_token": self.token_text(token)}
+            for rank, token, logprob in [(step.rank, step.token_id, step.logprob), *ranked]
+        }
+
     def token_text(self, token_id: int) -> str:
         return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
 
@@ -123,15 +141,22 @@ class Call(ABC):
         if n * len(self.prompts) > MAX_CHOICES:
             raise ApiError(400, f"{len(self.prompts)} prompts with n={n} are more than {MAX_CHOICES} choices", "n")
         given = self.request.model_dump(include=set(PARAMETER_NAMES), exclude_none=True)
-        for token in self.request.stop_token_ids or ():
-            if not 0 <= token < ready.vocab_size:
-                raise ApiError(400, f"stop_token_ids must be between 0 and {ready.vocab_size - 1}", "stop_token_ids")
-        options = {**ready.default_sampling, **given, "logprobs": self.logprobs()}
-        works = []
+        reports = {"logprobs": self.logprobs(), "prompt_logprobs": self.prompt_logprobs()}
+        options = {**ready.default_sampling, **given, **reports}
+        works: list[tuple[list[int], SamplingParams]] = []
         for prompt in self.prompts:
             params = SamplingParams(**{**options, "max_tokens": self._check_length(prompt, ready)})
             works += [(prompt, params.of_choice(choice)) for choice in range(params.n)]
+        self._check_tokens(works[0][1], ready)
         return works
+
+    def _check_tokens(self, params: SamplingParams, ready: Ready) -> None:
+        """Refuse here what the engine would refuse when an answer may have begun."""
+        last = ready.vocab_size - 1
+        for name, tokens in params.named_tokens.items():
+            if not 0 <= min(tokens) <= max(tokens) <= last:
+                raise ApiError(400, f"{name} must hold token ids between 0 and {last}", name)
+        TokenRules.of(params, self.tokenizer, self.tokenizer.eos_ids, ready.vocab_size)
 
     def _check_length(self, prompt: list[int], ready: Ready) -> int | None:
         """The max_tokens of a prompt that the model can take. Raises InputError for one that it cannot."""

@@ -40,7 +40,7 @@ class ChatCall(Call):
         body = super().answer(wholes)
         if self.request.return_token_ids:
             body["prompt_token_ids"] = self.prompts[0]
-        return body
+        return {**body, **self.prompt_report(wholes[0])}
 
     def choice(self, index: int, whole: Delta) -> dict[str, Any]:
         choice = self._choice(index, whole)

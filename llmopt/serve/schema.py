@@ -18,23 +18,19 @@ LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"}
 """Fields with which callers label their requests for a provider's own records; there are none here."""
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "cache_salt": (),
     "function_call": ("none",),
     "functions": ([],),
     "guided_json": (),
     "guided_regex": (),
-    "logit_bias": ({},),
     "logits_processors": ([],),
     "min_output_tokens": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # says nothing without tools
     "prediction": (),
     "priority": (0,),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -87,6 +83,22 @@ Stop = Annotated[
     WrapValidator(partial(_validate_as, f"a string or a list of at most {MAX_STOPS} strings")),
 ]
 
+MAX_NAMED_TOKENS = 1024  # as in vLLM; each goes to the engine with every choice
+MAX_BAD_WORDS, LONGEST_BAD_WORD = 128, 200  # the engine tokenizes them between two steps
+_BIAS = f'an object of at most {MAX_NAMED_TOKENS} numbers by token id, such as {{"50": -100}}'
+_WORDS = f"a list of at most {MAX_BAD_WORDS} strings of at most {LONGEST_BAD_WORD} characters"
+LogitBias = Annotated[
+    Annotated[dict[str, float], Field(max_length=MAX_NAMED_TOKENS)], WrapValidator(partial(_validate_as, _BIAS))
+]
+BadWords = Annotated[
+    Annotated[list[Annotated[str, Field(max_length=LONGEST_BAD_WORD)]], Field(max_length=MAX_BAD_WORDS)],
+    WrapValidator(partial(_validate_as, _WORDS)),
+]
+TokenIds = Annotated[
+    Annotated[list[int], Field(max_length=MAX_NAMED_TOKENS)],
+    WrapValidator(partial(_validate_as, f"a list of at most {MAX_NAMED_TOKENS} token ids")),
+]
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -114,10 +126,14 @@ class GenerationRequest(_Body):
     seed: int | None = None
     n: int | None = None
     stop: Stop | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: BadWords | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -135,24 +151,20 @@ class GenerationRequest(_Body):
         return {name: value for name, value in body.items() if name not in NOT_SUPPORTED and name not in LABELS}
 
     @model_validator(mode="after")
-    def check_stream_options(self) -> "GenerationRequest":
+    def check_stream(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options go with stream: true only", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError(400, "prompt_logprobs go with answers that are not streamed only", "prompt_logprobs")
         return self
 
 
 class CompletionRequest(GenerationRequest):
-    """The body of POST /v1/completions."""
+    """The body of POST /v1/completions. With `echo`, `max_tokens` may be 0: the answer is the prompt alone."""
 
     prompt: Prompt
     echo: bool | None = None
     logprobs: int | None = None
-
-    @model_validator(mode="after")
-    def check_echo(self) -> "CompletionRequest":
-        if self.echo and self.logprobs is not None:
-            raise ApiError(400, "echo together with logprobs is not supported yet; leave out one", "echo")
-        return self
 
 
 class TextPart(_Body):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from llmopt.engine.outputs import Delta, TokenLogprobs
@@ -114,6 +116,23 @@ def test_logprobs_come_with_their_bytes(served_model):
     }
     assert call(served_model, logprobs=True).works[0][1].logprobs == 0
     assert call(served_model, logprobs=False).works[0][1].logprobs is None
+
+
+def test_what_is_reported_of_the_prompt_stands_beside_the_choices(served_model):
+    made = call(served_model, prompt_logprobs=0, n=2)
+    assert {params.prompt_logprobs for _, params in made.works} == {0}
+    reported = replace(delta("x", "stop"), prompt_logprobs=[None, TokenLogprobs(5, -0.5, 3, [])])
+    body = made.answer([reported, reported])
+    token = served_model.tokenizer.token_text(5)
+    assert body["prompt_logprobs"] == [None, {"5": {"logprob": -0.5, "rank": 3, "decoded_token": token}}]
+    assert "prompt_logprobs" not in call(served_model).answer([delta("x", "stop")])
+
+
+def test_rules_for_tokens_reach_the_engine(served_model):
+    ((_, params),) = call(served_model, logit_bias={"5": 1}, allowed_token_ids=[5], bad_words=["x"]).works
+    assert (params.logit_bias, params.allowed_token_ids, params.bad_words) == ({5: 1.0}, (5,), ("x",))
+    with pytest.raises(ApiError, match="logit_bias must hold token ids between 0 and 256"):
+        call(served_model, logit_bias={"1000": 1})
 
 
 def test_token_ids_are_returned_on_request(served_model):

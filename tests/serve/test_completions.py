@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from llmopt.engine.outputs import Delta, TokenLogprobs
@@ -41,16 +43,19 @@ def test_all_sampling_fields_reach_the_engine(served_model):
         "presence_penalty": 0.2,
         "frequency_penalty": 0.3,
         "repetition_penalty": 1.1,
-        "stop_token_ids": [5],
         "include_stop_str_in_output": True,
         "ignore_eos": True,
         "min_tokens": 2,
         "skip_special_tokens": False,
         "logprobs": 4,
+        "prompt_logprobs": 3,
+        "seed": 5,
     }
-    ((_, params),) = call(served_model, stop="x", max_tokens=9, **fields).works
-    assert {name: getattr(params, name) for name in fields} == {**fields, "stop_token_ids": (5,)}
-    assert (params.stop, params.max_tokens) == (("x",), 9)
+    lists = {"stop_token_ids": [5], "allowed_token_ids": [5, 6], "bad_words": ["no"]}
+    ((_, params),) = call(served_model, stop="x", max_tokens=9, logit_bias={"7": -5}, **fields, **lists).works
+    assert {name: getattr(params, name) for name in fields} == fields
+    assert {name: list(getattr(params, name)) for name in lists} == lists
+    assert (params.stop, params.max_tokens, params.logit_bias) == (("x",), 9, {7: -5.0})
 
 
 def test_the_models_own_sampling_is_the_default_and_only_that(served_model):
@@ -74,8 +79,19 @@ def test_the_models_own_sampling_is_the_default_and_only_that(served_model):
         ({"top_p": float("nan")}, "top_p must be between 0"),
         ({"logprobs": 21}, "logprobs must be between 0 and 20"),
         ({"stop": [""]}, "a stop string must not be empty"),
-        ({"stop_token_ids": [257]}, "stop_token_ids must be between 0 and 256"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids must be between 0 and 256"),
+        ({"stop_token_ids": [257]}, "stop_token_ids must hold token ids between 0 and 256"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids must hold token ids between 0 and 256"),
+        ({"logit_bias": {"257": 1}}, "logit_bias must hold token ids between 0 and 256"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias must hold token ids between 0 and 256"),
+        ({"logit_bias": {"5": 100.5}}, r"logit_bias must be between -100 and 100, not 100.5 \(token 5\)"),
+        ({"logit_bias": {"five": 1}}, "the keys of logit_bias must be token ids"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must hold at least one token; leave it out to allow all"),
+        ({"allowed_token_ids": [300]}, "allowed_token_ids must hold token ids between 0 and 256"),
+        ({"allowed_token_ids": [256], "min_tokens": 1}, "nothing is left to choose"),
+        ({"bad_words": [" "]}, "a bad word must hold more than spaces"),
+        ({"stop": "\ud800"}, "stop holds half of a surrogate pair"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be between 0 and 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be between 0 and 20"),
         ({"prompt": "\ud800"}, "the prompt holds half of a surrogate pair"),
         ({"seed": 2**64 - 1, "n": 2}, "seed must be between"),
     ],
@@ -116,6 +132,83 @@ def test_logprobs_are_openais_four_lists(served_model):
         "top_logprobs": [{"a": -0.5, "bytes:\\xc3": -2.0}, {"a": -0.1, "b": -9999.0}],
         "text_offset": [0, 1],
     }
+
+
+def prompt_steps(tokens, top) -> list:
+    return [None, *(TokenLogprobs(token, -float(place), 2, top) for place, token in enumerate(tokens[1:], 1))]
+
+
+def test_echo_with_logprobs_begins_with_those_of_the_prompt(served_model):
+    made = call(served_model, prompt="abc", echo=True, logprobs=1)
+    a, b, c = made.prompts[0]
+    ((_, params),) = made.works
+    assert (params.logprobs, params.prompt_logprobs) == (1, 1)
+    delta = replace(
+        whole("a", (a,), [TokenLogprobs(a, -0.25, 1, [(a, -0.25)])]),
+        prompt_logprobs=prompt_steps([a, b, c], [(a, -0.5)]),
+    )
+    choice = made.answer([delta])["choices"][0]
+    assert choice["text"] == "abca"
+    assert choice["logprobs"] == {
+        "tokens": ["a", "b", "c", "a"],
+        "token_logprobs": [None, -1.0, -2.0, -0.25],
+        "top_logprobs": [None, {"a": -0.5, "b": -1.0}, {"a": -0.5, "c": -2.0}, {"a": -0.25}],
+        "text_offset": [0, 1, 2, 3],
+    }
+    streamed = call(served_model, prompt="abc", echo=True, logprobs=1, stream=True)
+    first, second = (
+        streamed.chunks(0, each)[0]["choices"][0] for each in (delta, replace(delta, prompt_logprobs=None))
+    )
+    assert (first["text"], first["logprobs"]) == (choice["text"], choice["logprobs"])
+    assert (second["text"], second["logprobs"]["text_offset"]) == ("a", [4])
+
+
+def test_echo_alone_generates_nothing_that_is_told(served_model):
+    made = call(served_model, prompt="abc", echo=True, logprobs=0, max_tokens=0, return_token_ids=True)
+    ((prompt, params),) = made.works
+    assert params.max_tokens == 1
+    delta = whole("x", (9,), [TokenLogprobs(9, -0.5, 1, [])], "stop")
+    body = made.answer([replace(delta, prompt_logprobs=prompt_steps(prompt, []))])
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["token_ids"], choice["finish_reason"]) == ("abc", [], "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    streamed = call(served_model, prompt="abc", echo=True, max_tokens=0, stream=True)
+    assert [chunk["choices"][0]["text"] for chunk in streamed.chunks(0, delta)] == ["abc"]
+    with pytest.raises(InputError, match="max_tokens must be between 1"):
+        call(served_model, max_tokens=0)
+
+
+def test_prompt_logprobs_are_vllms_objects_by_token(served_model):
+    a, b, c = served_model.tokenizer.encode("abc")
+    made = call(served_model, prompt="abc", prompt_logprobs=1)
+    delta = replace(whole(), prompt_logprobs=[None, TokenLogprobs(b, float("-inf"), 9, [(a, -0.5), (c, -0.75)])])
+    assert made.answer([delta])["choices"][0]["prompt_logprobs"] == [
+        None,
+        {
+            str(b): {"logprob": -9999.0, "rank": 9, "decoded_token": "b"},
+            str(a): {"logprob": -0.5, "rank": 1, "decoded_token": "a"},
+        },
+    ]
+    assert "prompt_logprobs" not in call(served_model).answer([whole()])["choices"][0]
+
+
+def test_more_may_be_asked_of_the_prompt_than_of_the_text(served_model):
+    made = call(served_model, prompt="ab", prompt_logprobs=2, echo=True, logprobs=1)
+    a, b = made.prompts[0]
+    assert made.works[0][1].prompt_logprobs == 2
+    delta = replace(whole("", (), []), prompt_logprobs=[None, TokenLogprobs(b, -2.0, 2, [(a, -0.5), (b, -2.0)])])
+    choice = made.answer([delta])["choices"][0]
+    assert len(choice["prompt_logprobs"][1]) == 2
+    assert choice["logprobs"]["top_logprobs"] == [None, {"a": -0.5, "b": -2.0}]
+
+
+def test_of_two_tokens_with_one_name_the_likelier_is_told(served_model):
+    (a,) = served_model.tokenizer.encode("a")
+    served_model.tokenizer._token_bytes[256] = b"a"
+    steps = [TokenLogprobs(a, -3.0, 2, [(256, -0.5)])]
+    report = call(served_model, logprobs=1).answer([whole("a", (a,), steps)])["choices"][0]["logprobs"]
+    assert (report["token_logprobs"], report["top_logprobs"]) == ([-3.0], [{"a": -0.5}]), "or it would look greedy"
 
 
 def test_text_offsets_go_on_through_a_stream(served_model):

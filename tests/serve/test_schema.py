@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from llmopt.serve.errors import ApiError, describe
 from llmopt.serve.schema import LABELS, NOT_SUPPORTED, ChatRequest, CompletionRequest
 
+BIAS = 'an object of at most 1024 numbers by token id, such as {"50": -100}'
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -31,7 +32,18 @@ def complaint(model, **body) -> str:
         ({"stop": ["a"] * 65}, "stop: must be a string or a list of at most 64 strings"),
         ({"suffix": "x"}, "suffix is not supported yet; leave it out"),
         ({"best_of": 2}, "best_of is not supported yet; leave it out"),
-        ({"echo": True, "logprobs": 0}, "echo together with logprobs is not supported yet; leave out one"),
+        ({"logit_bias": [1]}, f"logit_bias: must be {BIAS}"),
+        ({"logit_bias": {"50": "1"}}, f"logit_bias: must be {BIAS}"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, f"logit_bias: must be {BIAS}"),
+        ({"allowed_token_ids": ["50"]}, "allowed_token_ids: must be a list of at most 1024 token ids"),
+        ({"allowed_token_ids": [1] * 1025}, "allowed_token_ids: must be a list of at most 1024 token ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids: must be a list of at most 1024 token ids"),
+        ({"bad_words": "no"}, "bad_words: must be a list of at most 128 strings of at most 200 characters"),
+        ({"bad_words": ["a"] * 129}, "bad_words: must be a list of at most 128 strings of at most 200 characters"),
+        ({"bad_words": ["\ud800"]}, "bad_words: must be a list of at most 128 strings of at most 200 characters"),
+        ({"bad_words": ["a" * 201]}, "bad_words: must be a list of at most 128 strings of at most 200 characters"),
+        ({"prompt_logprobs": True}, "prompt_logprobs: input should be a valid integer"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs go with answers that are not streamed only"),
         ({"stream_options": {"include_usage": True}}, "stream_options go with stream: true only"),
         ({"stream": True, "stream_options": {"x": 1}}, "unknown field 'stream_options.x'"),
     ],
