@@ -22,7 +22,8 @@ class Detokenizer:
         self._held = ""  # text not given out yet, because it may be the beginning of a stop string
 
     def add(self, token_id: int, check_stop: bool = True) -> str:
-        """The text that is certain once this token is known; may be empty."""
+        """The text that is certain once this token is known; may be empty. Without `check_stop` no stop string that is
+        complete with it ends the text, but one may begin."""
         if token_id in self.skipped:
             return ""
         return self._release(self._decoder.decode(self.tokenizer.token_bytes(token_id)), check_stop)
@@ -36,17 +37,14 @@ class Detokenizer:
         return rest
 
     def _release(self, text: str, check_stop: bool) -> str:
-        stops = self.params.stop if check_stop else ()
+        stops = self.params.stop
         self._held += text
-        if not stops:
-            ready, self._held = self._held, ""
-            return ready
-        found = [(self._held.index(stop), stop) for stop in stops if stop in self._held]
+        found = [(self._held.index(stop), stop) for stop in stops if stop in self._held] if check_stop else []
         if found:
             start, self.stopped_by = min(found)
             end = start + len(self.stopped_by) if self.params.include_stop_str_in_output else start
         else:
-            end = len(self._held) - max(_overlap(self._held, stop) for stop in stops)
+            end = len(self._held) - max((_overlap(self._held, stop) for stop in stops), default=0)
         ready, self._held = self._held[:end], "" if found else self._held[end:]
         return ready
 

@@ -26,7 +26,7 @@ class Generation:
         if reason == "stop" and not request.params.include_stop_str_in_output:
             text = ""  # the token that ends a text is not part of it
         else:
-            text = self.detokenizer.add(token_id, request.output_length >= request.params.min_tokens)
+            text = self.detokenizer.add(token_id, request.output_length > request.params.min_tokens)
         if self.detokenizer.stopped_by is not None:
             reason, stop_reason = "stop", self.detokenizer.stopped_by
         elif reason is not None:

@@ -28,7 +28,7 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it unless `include_stop_str_in_output`.
         stop_token_ids: tokens that end the text besides the model's own end tokens.
         ignore_eos: go on after the model's end tokens.
-        min_tokens: tokens before which no end token may be chosen.
+        min_tokens: tokens before which no end token may be chosen and no stop string counts.
         logprobs: how many of the likeliest tokens to report at each step beside the chosen one; None for no report.
         prompt_logprobs: the same for each token of the prompt but the first, before which there is nothing.
         logit_bias: what is added to the logits of tokens, -100 to 100, by token id.

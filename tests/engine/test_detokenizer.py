@@ -63,6 +63,14 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_refuted() -> No
     assert pieces[5] == "STOX"
 
 
+def test_a_stop_string_counts_only_once_it_may() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), SamplingParams(stop=("STOP",)))  # type: ignore[arg-type]
+    early = [detokenizer.add(token, check_stop=False) for token in b"a STOP ST"]
+    assert "".join(early) == "a STOP "
+    late = [detokenizer.add(token) for token in b"OP"]
+    assert ("".join(late), detokenizer.stopped_by) == ("", "STOP"), "it began too early and was complete in time"
+
+
 def test_the_stop_string_can_be_kept() -> None:
     pieces, _ = detokenize(b"one END two", stop=("END",), include_stop_str_in_output=True)
     assert "".join(pieces) == "one END"

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -245,3 +246,9 @@ def test_merge_keeps_every_tokens_logprobs():
     entries = [TokenLogprobs(i, -1.0, 1, []) for i in range(3)]
     merged = merge([delta("r", "a", logprobs=entries[:1]), delta("r", "b", "stop", 3, entries[1:])])
     assert (merged.text, merged.logprobs, merged.finish_reason, merged.output_tokens) == ("ab", entries, "stop", 3)
+
+
+def test_merge_keeps_what_the_first_delta_says_of_the_prompt():
+    first = replace(delta("r", "a"), prompt_logprobs=[None, TokenLogprobs(1, -1.0, 1, [])])
+    assert merge([first, delta("r", "b")]).prompt_logprobs == first.prompt_logprobs
+    assert merge([delta("r", "b"), delta("r", "c")]).prompt_logprobs is None

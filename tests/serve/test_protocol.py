@@ -14,6 +14,7 @@ MESSAGES = [
     Add("a", list(range(300)), SamplingParams(stop=("x", "é"), seed=2**64 - 1, stop_token_ids=(3,), max_tokens=None)),
     Abort("a"),
     Add("b", [1], SamplingParams(logprobs=5, temperature=0)),
+    Add("c", [1], SamplingParams(logit_bias={5: -1.5}, allowed_token_ids=(5, 6), bad_words=("é",), prompt_logprobs=0)),
 ]
 STATS = EngineStats(1, 2, 3, 2, 5, 6, 7, 8)
 
@@ -52,7 +53,8 @@ def test_a_closed_connection_is_the_end(wait):
 def test_a_message_goes_behind_its_length_and_comes_back_the_same():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        delta = Delta("a", "t", [1], [TokenLogprobs(1, float("-inf"), 1, [(1, -0.5)])], "stop", 7, 3, 1)
+        steps = [TokenLogprobs(1, float("-inf"), 1, [(1, -0.5)])]
+        delta = Delta("a", "t", [1], steps, "stop", 7, 3, 1, prompt_logprobs=[None, *steps])
         EngineSocket(theirs).send(Deltas([delta], STATS))
         data = ours.recv(1 << 16)
     assert LENGTH.unpack(data[: LENGTH.size])[0] == len(data) - LENGTH.size

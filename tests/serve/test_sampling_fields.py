@@ -144,6 +144,11 @@ def test_min_tokens_keeps_the_end_away(url: str) -> None:
     answer = complete(url, min_tokens=3, **biased)["choices"][0]
     assert answer["token_ids"].index(end) == 3 and answer["finish_reason"] == "stop"
     assert complete(url, ignore_eos=True, **biased)["choices"][0]["token_ids"] == [end] * 6
+    (letter,) = tokens_of(url, "q")
+    only = {"allowed_token_ids": [letter], "stop": ["q"], "return_token_ids": True}
+    for fewest, text in ((0, ""), (2, "qq"), (6, "qqqqqq")):
+        answer = complete(url, min_tokens=fewest, **only)["choices"][0]
+        assert (answer["text"], len(answer["token_ids"])) == (text, min(fewest + 1, 6))
 
 
 def test_chat_takes_them_too(url: str) -> None:
