@@ -152,6 +152,7 @@ Linear::Linear(std::vector<Part> parts) : parts_(std::move(parts)) {
 
 void Linear::run(ThreadPool& pool, const Kernels& kernels, Activations& x, const RoundingInput& input, int64_t rows,
                  Destination to) const {
+  if (rows == 0) return;  // as the head has in a step that ends no prompt
   const int64_t together = kernels.integer.tiles_together;
   for (size_t first = 0, last; first < parts_.size(); first = last) {
     int64_t items = 0;

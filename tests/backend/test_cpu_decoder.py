@@ -92,6 +92,15 @@ def test_a_step_gives_the_logits_of_the_tokens_that_close_a_gap(tiny_model) -> N
     assert torch.equal(runner.run(batch), all_logits[[19, 30]])
 
 
+@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "float32"}], ids=["fused", "one by one"])
+def test_a_step_that_closes_no_gap_gives_no_logits(settings, tiny_model) -> None:
+    folder, _ = tiny_model("llama")
+    config = EngineConfig(model=str(folder), backend="cpu", max_num_seqs=8, **settings)
+    runner = Runner(open_source(str(folder)), config)
+    batch = build_batch([Chunk(request_of(tokens_of(20, seed=3), 0), 0, 10)], BLOCK, torch.device("cpu"))
+    assert runner.run(batch).shape == (0, 320)
+
+
 @pytest.mark.parametrize(
     ("settings", "word"), [({"block_size": 8}, "blocks"), ({"kv_cache_dtype": "float32"}, "float32")]
 )
