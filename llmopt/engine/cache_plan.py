@@ -18,9 +18,11 @@ SHARE_OF_FREE_MEMORY = 8
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The number of blocks, and the longest request (prompt and output, in tokens)."""
+    """The number of blocks, the bytes that each takes over all layers, and the longest request (prompt and output, in
+    tokens)."""
 
     blocks: int
+    block_bytes: int
     max_model_len: int
 
 
@@ -54,4 +56,4 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> 
                 f"--kv-cache-memory-bytes of at least {-(-length // config.block_size) * block_bytes}"
             )
         logger.warning("requests are limited to the %d tokens that the KV cache holds (model: %d)", capacity, length)
-    return CachePlan(blocks, min(length, capacity))
+    return CachePlan(blocks, block_bytes, min(length, capacity))

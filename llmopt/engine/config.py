@@ -8,7 +8,15 @@ from llmopt.errors import InputError
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "reference", "cpu"]
-_CHOICES = {"device": DeviceName, "backend": BackendName, "dtype": DTypeName, "kv_cache_dtype": DTypeName}
+KVCacheDTypeName = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+SchedulingPolicyName = Literal["fcfs", "priority"]
+_CHOICES = {
+    "device": DeviceName,
+    "backend": BackendName,
+    "dtype": DTypeName,
+    "kv_cache_dtype": KVCacheDTypeName,
+    "scheduling_policy": SchedulingPolicyName,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +29,16 @@ class EngineConfig:
         backend: auto takes the fastest that this machine has.
         dtype: of activations; auto is bfloat16 on a GPU. On a CPU with kernels, auto and bfloat16 round activations
             where they are multiplied, to 8 or 16 bits; float32 rounds nothing.
-        kv_cache_dtype: auto is bfloat16 where activations are rounded, else the same as `dtype`.
+        kv_cache_dtype: auto is bfloat16 where activations are rounded, else the same as `dtype`. int8 has a scale for
+            each token and head, fp8 (e4m3) none.
         kv_cache_memory_bytes: size of the block pool; None for what `max_num_seqs` requests of `max_model_len` need,
             at most an eighth of the free memory and 1 GiB.
         block_size: tokens in a block.
         max_model_len: prompt and output together; None for what the model and the block pool allow.
         max_num_seqs: requests that run at once.
         max_num_batched_tokens: the token budget of a step.
+        enable_prefix_caching: keep the keys and values of full blocks for requests that begin with the same tokens.
+        scheduling_policy: fcfs serves requests as they come; priority those of the lowest `priority` first.
         threads: CPU threads; None for one a core.
         seed: seeds requests that bring none.
     """
@@ -36,12 +47,14 @@ class EngineConfig:
     device: DeviceName = "auto"
     backend: BackendName = "auto"
     dtype: DTypeName = "auto"
-    kv_cache_dtype: DTypeName = "auto"
+    kv_cache_dtype: KVCacheDTypeName = "auto"
     kv_cache_memory_bytes: int | None = None
     block_size: int = 16
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    scheduling_policy: SchedulingPolicyName = "fcfs"
     threads: int | None = None
     seed: int | None = None
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from llmopt.engine.batch import Batch, build_batch
+from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.generation import Generation
@@ -39,27 +40,43 @@ class Engine:
         self.runner = Runner(source, config, progress)
         self.max_model_len = self.runner.plan.max_model_len
         self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
-        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        keys = BlockKeys(config.block_size) if config.enable_prefix_caching else None
+        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens, keys)
         self.sampler = Sampler(self.runner.backend)
         self._generations: dict[str, Generation] = {}
         self._seeds = random.Random(config.seed)
         self._steps = self._prompt_tokens = self._generation_tokens = 0
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
         """Let a prompt of tokens wait for its turn.
 
+        `priority` and `cache_salt` are vLLM's: the lower the priority, the earlier the turn; only prompts with the same
+        salt share what was computed for them.
+
         Raises InputError where it can never be served: empty, too long, a token that does not exist, no token left to
-        choose, an id in use, or more than one completion (whoever wants several adds several requests).
+        choose, an id in use, a priority where they do not count, or more than one completion (whoever wants several
+        adds several requests, which share what is computed of their prompt).
         """
         if request_id in self._generations:
             raise InputError(f"there is a request {request_id} already")
         if params.n != 1:
             raise InputError("the engine generates one completion a request; add one request for each")
+        if priority != 0 and self.config.scheduling_policy != "priority":
+            raise InputError(f"a priority of {priority} counts with --scheduling-policy priority only; leave it out")
+        if cache_salt == "":
+            raise InputError("cache_salt must not be empty; leave it out to share with all that have none")
         self.check_prompt(prompt)
         for name, tokens in params.named_tokens.items():
             self._check_tokens(tokens, name)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        request = Request(request_id, prompt, params, seed, self._rules(params))
+        request = Request(request_id, prompt, params, seed, self._rules(params), priority, cache_salt)
         self._generations[request_id] = Generation(request, self.tokenizer, self.max_model_len)
         self.scheduler.add(request)
 
@@ -116,14 +133,17 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             total_blocks=self.pool.total,
             used_blocks=self.pool.used,
+            cached_blocks=self.pool.cached,
             preemptions=self.scheduler.preemptions,
+            prefix_cache_queries=self.scheduler.queried,
+            prefix_cache_hits=self.scheduler.found,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             steps=self._steps,
         )
 
     def check(self) -> None:
-        """Raise LlmoptError unless every cache block is either free or in exactly one request's table."""
+        """Raise LlmoptError unless every block of the KV cache is accounted for."""
         self.scheduler.check()
 
     def _rules(self, params: SamplingParams) -> TokenRules:

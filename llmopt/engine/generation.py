@@ -41,6 +41,7 @@ class Generation:
             prompt_tokens=request.prompt_length,
             output_tokens=request.output_length,
             prompt_logprobs=request.prompt_logprobs if request.output_length == 1 else None,
+            cached_tokens=request.cached_tokens,
         )
 
     def _end_by_token(self, token_id: int) -> tuple[FinishReason | None, int | None]:

@@ -30,10 +30,13 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Callable[[int], None] | None = None,
+        priority: Sequence[int] | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, given as text or as tokens; the results come in the order of the prompts.
 
-        `params` are for all prompts or one for each; `on_step` is told the number of steps so far.
+        `params` are for all prompts or one for each; `on_step` is told the number of steps so far; `priority` is one
+        for each and `cache_salt` for all, see `Engine.add`.
         Raises InputError for a prompt that the model cannot take; then nothing has been generated.
         """
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
@@ -43,6 +46,9 @@ class LLM:
             raise InputError(
                 f"there are {len(several)} prompts and {len(each)} params; give one for each, or one for all"
             )
+        priorities = [0] * len(several) if priority is None else list(priority)
+        if len(priorities) != len(several):
+            raise InputError(f"there are {len(several)} prompts and {len(priorities)} priorities; give one for each")
         tokenizer = self.engine.tokenizer
         results = []
         for prompt in several:
@@ -50,7 +56,7 @@ class LLM:
             self.engine.check_prompt(tokens)
             self._requests += 1
             results.append(RequestOutput(str(self._requests), text, tokens, []))
-        self._run(zip(results, each, strict=True), on_step)
+        self._run(zip(results, each, priorities, strict=True), cache_salt, on_step)
         return results
 
     def chat(
@@ -59,12 +65,17 @@ class LLM:
         """The model's answer to a conversation of {"role", "content"} messages."""
         return self.generate(self.engine.tokenizer.encode_chat(messages, **variables), params)[0]
 
-    def _run(self, work: Iterable[tuple[RequestOutput, SamplingParams]], on_step: Callable[[int], None] | None) -> None:
+    def _run(
+        self,
+        work: Iterable[tuple[RequestOutput, SamplingParams, int]],
+        cache_salt: str | None,
+        on_step: Callable[[int], None] | None,
+    ) -> None:
         completions: dict[str, tuple[RequestOutput, CompletionOutput]] = {}
         steps = 0
         try:
-            for result, params in work:
-                self._add(result, params, completions)
+            for result, params, priority in work:
+                self._add(result, params, priority, cache_salt, completions)
             while self.engine.has_work:
                 steps += 1
                 for delta in self.engine.step():
@@ -79,6 +90,8 @@ class LLM:
         self,
         result: RequestOutput,
         params: SamplingParams,
+        priority: int,
+        cache_salt: str | None,
         completions: dict[str, tuple[RequestOutput, CompletionOutput]],
     ) -> None:
         """One engine request for each of the `n` completions of a prompt; the first tells of the prompt."""
@@ -90,12 +103,14 @@ class LLM:
             choice = params.of_choice(index)
             if index > 0:
                 choice = replace(choice, prompt_logprobs=None)
-            self.engine.add(request_id, result.prompt_token_ids, choice)
+            self.engine.add(request_id, result.prompt_token_ids, choice, priority, cache_salt)
 
 
 def _extend(result: RequestOutput, completion: CompletionOutput, delta: Delta) -> None:
     if delta.prompt_logprobs is not None:
         result.prompt_logprobs = delta.prompt_logprobs
+    if completion.index == 0:
+        result.num_cached_tokens = delta.cached_tokens
     completion.text += delta.text
     completion.token_ids += delta.token_ids
     completion.finish_reason = delta.finish_reason

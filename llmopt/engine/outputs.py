@@ -35,6 +35,7 @@ class Delta:
         prompt_tokens, output_tokens: how many so far.
         prompt_logprobs: in the first delta of a request that wants them, one for each token of the prompt; the first of
             them is None, because nothing comes before it.
+        cached_tokens: how many of the prompt's were found in the cache.
     """
 
     request_id: str
@@ -46,17 +47,26 @@ class Delta:
     prompt_tokens: int
     output_tokens: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """The engine's state after a step; counters count from the start of the process."""
+    """The engine's state after a step; counters count from the start of the process.
+
+    Attributes:
+        used_blocks, cached_blocks: in requests' tables, and kept for requests to come; the rest of the total is free.
+        prefix_cache_queries, prefix_cache_hits: prompt tokens that were looked for in the cache, and those found.
+    """
 
     running: int
     waiting: int
     total_blocks: int
     used_blocks: int
+    cached_blocks: int
     preemptions: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     prompt_tokens: int
     generation_tokens: int
     steps: int
@@ -81,10 +91,16 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """All completions of one prompt. `prompt_logprobs`: as in `Delta`."""
+    """All completions of one prompt.
+
+    Attributes:
+        prompt_logprobs: as in `Delta`.
+        num_cached_tokens: how many tokens of the prompt were found in the cache for the first of them.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0

@@ -18,6 +18,13 @@ class Request:
             whether it comes from a new prompt, from one sampled token or from having been preempted.
         blocks: its block table, the numbers of the cache blocks it holds, in order; 32-bit integers, which a batch
             takes over without looking at each.
+        keys: by what its full blocks are found again (`BlockKeys`); none where nothing is to be found again.
+        cache_salt: it shares blocks only with requests that have the same.
+        priority: the lower, the earlier it is served; among equals, who came first is.
+        arrival: its number in the order of arrival.
+        preemptions: how often it had to give up its blocks.
+        overtaken: how many that rank behind it were let in while it waited.
+        cached_tokens: how many tokens of its prompt were found in the cache when it was first let in.
         seed: what its random choices are drawn from.
         rules: which tokens it favours and which it rules out.
         counts: what its penalties are counted by; whoever samples lets it catch up, where there are penalties.
@@ -26,7 +33,14 @@ class Request:
     """
 
     def __init__(
-        self, request_id: str, prompt: list[int], params: SamplingParams, seed: int, rules: TokenRules = NO_RULES
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        seed: int,
+        rules: TokenRules = NO_RULES,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
         self.id = request_id
         self.params = params
@@ -36,12 +50,24 @@ class Request:
         self.tokens = list(prompt)
         self.computed = 0
         self.blocks: MutableSequence[int] = array("i")
+        self.keys: list[bytes] = []
+        self.cache_salt = cache_salt
+        self.priority = priority
+        self.arrival = 0
+        self.preemptions = 0
+        self.overtaken = 0
+        self.cached_tokens = 0
         self.counts = TokenCounts()
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 
     @property
     def known(self) -> int:
         return len(self.tokens)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Whose rank is less goes first: to the blocks, to the budget and out of the queue."""
+        return self.priority, self.arrival
 
     @property
     def output_length(self) -> int:

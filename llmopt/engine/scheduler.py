@@ -1,15 +1,32 @@
 """Decides what each step computes.
 
 There is one rule. A request has a number of tokens *known* and a number *computed*; each step spends a budget of tokens
-on closing these gaps, running requests first, oldest first. A new prompt, a chunk of a long one, one decoded token and
-the recomputation after a preemption are all the same thing under that rule (Agrawal et al. 2023, arXiv:2308.16369).
+on closing these gaps, running requests first, in the order of their rank (priority, then arrival). A new prompt, a
+chunk of a long one, one decoded token and the recomputation after a preemption are all the same thing under that rule
+(Agrawal et al. 2023, arXiv:2308.16369); with a prefix that is found in the cache, `computed` begins higher.
+
+What is promised to requests, as long as each of them ends some time:
+- Every one gets in, unless there is no end of those with a higher priority. One that does not fit now lets those behind
+  it in before it, but only MOST_OVERTAKEN of them, and none once it has been preempted.
+- Every one that runs goes on: whose rank is first is never preempted, and the pool holds the longest request.
+- Nobody goes in and out in a circle: a step that preempts lets nobody in, and one that was preempted comes back only
+  where every running request could take another block at once.
+- Nobody waits for another in a circle: a request outside the batch may wait for one inside it that ranks before it and
+  is computing the block which it needs next. If that one is aborted or preempted, it is inside no more.
 """
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
+from itertools import count, islice
 
+from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
 from llmopt.engine.request import Request
+
+MOST_OVERTAKEN = 16
+"""Requests that may be let in before one that ranks before them but has to wait."""
+MOST_PASSED = 8
+"""Requests that did not get in after which a step looks no further down the queue."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +50,31 @@ class Chunk:
 class Scheduler:
     """Holds the requests that wait and those that run, and the blocks they run in.
 
-    The pool must hold the longest request allowed, so that the oldest can always be computed, whatever the others do.
+    The pool must hold the longest request allowed, so that the first can always be computed, whatever the others do.
+
+    Attributes:
+        keys: how full blocks are found again; None computes every request from its beginning.
+        waiting, running: in the order of their rank.
+        queried, found: tokens that were looked for in the cache, and those of them that were found.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, keys: BlockKeys | None = None
+    ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
-        self.preemptions = 0
+        self.keys = keys
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.preemptions = self.queried = self.found = 0
+        self._arrivals = count()
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        request.arrival = next(self._arrivals)
+        if self.keys is not None:
+            self.keys.catch_up(request)
+        insort(self.waiting, request, key=_rank)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step; empty where nothing waits or runs."""
@@ -55,18 +84,19 @@ class Scheduler:
         for request in tuple(self.running):
             if request.blocks and self._reserve(request):  # no blocks: preempted a moment ago
                 budget = self._spend(request, budget, chunks)
-        # What had to be preempted would not fit again yet; admitting it would only go round in a circle.
-        while self.preemptions == preemptions and self._admit(budget):
-            budget = self._spend(self.running[-1], budget, chunks)
+        if self.preemptions == preemptions:
+            self._admit(budget, chunks)
         return chunks
 
     def retire(self, chunks: list[Chunk]) -> None:
         """Note that a step has been computed."""
         for chunk in chunks:
             chunk.request.computed = chunk.start + chunk.count
+            if self.keys is not None:
+                self._name_blocks(chunk, self.keys)
 
     def remove(self, request: Request) -> None:
-        """Forget a request that has finished or was aborted, and free its blocks."""
+        """Forget a request that has finished or was aborted, and give up its blocks."""
         if request in self.running:
             self.running.remove(request)
         else:
@@ -84,24 +114,86 @@ class Scheduler:
             chunks.append(Chunk(request, request.computed, count))
         return budget - count
 
-    def _admit(self, budget: int) -> bool:
-        """Let the request that has waited longest run, if there is room for all its known tokens."""
-        if not self.waiting or budget == 0 or len(self.running) == self.max_num_seqs:
-            return False
-        request = self.waiting[0]
-        if not self.pool.grow(request.blocks, request.known):
-            return False
-        self.running.append(self.waiting.popleft())
-        return True
-
     def _reserve(self, request: Request) -> bool:
-        """Get blocks for a running request's known tokens, at the cost of the newest ones; False if it was itself."""
+        """Get blocks for a running request's known tokens, at the cost of the last ones; False if it was itself."""
         while not self.pool.grow(request.blocks, request.known):
-            newest = self.running.pop()
-            self.pool.release(newest.blocks)
-            newest.computed = 0
-            self.waiting.appendleft(newest)
+            last = self.running.pop()
+            self.pool.release(last.blocks)
+            last.computed = 0
+            last.preemptions += 1
+            insort(self.waiting, last, key=_rank)
             self.preemptions += 1
-            if newest is request:
+            if last is request:
                 return False
         return True
+
+    def _admit(self, budget: int, chunks: list[Chunk]) -> None:
+        """Let in whom there is room for, in order, and spend what is left of the budget on them."""
+        passed: list[Request] = []  # those that did not get in
+        for request in self.waiting[: self.max_num_seqs + MOST_PASSED]:
+            if budget == 0 or len(self.running) == self.max_num_seqs:
+                return
+            if len(passed) == MOST_PASSED or any(_must_be_next(one) for one in passed):
+                return
+            if self._let_in(request):
+                budget = self._spend(request, budget, chunks)
+                for one in passed:
+                    one.overtaken += 1
+            else:
+                passed.append(request)
+
+    def _let_in(self, request: Request) -> bool:
+        """Let a waiting request run, if there is room for all its known tokens less those that are in the cache.
+
+        Its last known token is always computed, because its logits are wanted. So samples of one prompt share all but
+        the last block of it, which each computes for itself: at most `block_size` tokens in a step that is taken
+        anyway, in place of an operation on every backend that copies a block before it is written.
+        """
+        full = 0 if request.skip_reading_prefix_cache else (request.known - 1) // self.pool.block_size
+        found = self.pool.find(islice(request.keys, full))
+        if len(found) < full and self._is_under_way(request, len(found)):
+            return False
+        spare = len(self.running) + 1 if request.preemptions and self.running else 0
+        if not self.pool.grow(request.blocks, request.known, found, spare):
+            return False
+        request.computed = len(found) * self.pool.block_size
+        self.waiting.remove(request)
+        insort(self.running, request, key=_rank)
+        if not request.preemptions:
+            self._count_found(request)
+        return True
+
+    def _is_under_way(self, request: Request, place: int) -> bool:
+        """Whether a running request that ranks before this one is going to compute this block of it.
+
+        A running request computes all its known tokens. So one that has the key of a block which is not in the cache
+        has yet to compute it.
+        """
+        key = request.keys[place : place + 1]
+        return bool(key) and any(
+            other.keys[place : place + 1] == key and other.rank < request.rank for other in self.running
+        )
+
+    def _count_found(self, request: Request) -> None:
+        if self.keys is not None:
+            request.cached_tokens = request.computed
+            self.queried += request.known
+            self.found += request.computed
+
+    def _name_blocks(self, chunk: Chunk, keys: BlockKeys) -> None:
+        """Let the blocks that a chunk has filled be found."""
+        request, size = chunk.request, self.pool.block_size
+        first, last = chunk.start // size, request.computed // size
+        if first < last:
+            keys.catch_up(request)
+            for place in range(first, last):
+                self.pool.name(request.blocks[place], request.keys[place])
+
+
+def _must_be_next(request: Request) -> bool:
+    """Whether nobody who ranks behind a request may get in before it any more."""
+    return request.preemptions > 0 or request.overtaken >= MOST_OVERTAKEN
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

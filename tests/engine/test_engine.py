@@ -60,7 +60,7 @@ def test_an_id_in_use_is_refused(engine: Engine) -> None:
 
 def test_aborted_requests_leave_nothing_and_say_nothing(engine: Engine) -> None:
     for name in "abcdef":  # two more than may run at once
-        engine.add(name, [5] * 9, SamplingParams(max_tokens=20, ignore_eos=True))
+        engine.add(name, [ord(name)] * 9, SamplingParams(max_tokens=20, ignore_eos=True))
     engine.step()
     assert (engine.stats().running, engine.stats().waiting) == (4, 2)
     for name in "bef":

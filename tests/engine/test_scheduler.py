@@ -1,28 +1,30 @@
-"""The scheduler's one rule and the pool's books, under thousands of random steps."""
+"""The scheduler's one rule and its promises, under thousands of random steps and one by one."""
 
-import pytest
+from collections import Counter
+
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
 from llmopt.engine.params import SamplingParams
 from llmopt.engine.request import Request
-from llmopt.engine.scheduler import Scheduler
-from llmopt.errors import LlmoptError
+from llmopt.engine.scheduler import MOST_OVERTAKEN, Chunk, Scheduler
 
 BLOCKS, BLOCK_SIZE, LONGEST = 8, 4, 32
+TEXTS = ([1] * LONGEST, [1] * 9 + [2] * LONGEST, list(range(LONGEST)))
 
 
-def make_request(name: str, length: int) -> Request:
-    return Request(name, list(range(length)), SamplingParams(), seed=0)
+def make_request(name: str, length: int, priority: int = 0) -> Request:
+    return Request(name, list(range(length)), SamplingParams(), 0, priority=priority)
 
 
-def make_scheduler(blocks: int = BLOCKS, seqs: int = 4, budget: int = 10) -> Scheduler:
-    return Scheduler(BlockPool(blocks, BLOCK_SIZE), seqs, budget)
+def make_scheduler(blocks: int = BLOCKS, seqs: int = 4, budget: int = 10, caching: bool = False) -> Scheduler:
+    return Scheduler(BlockPool(blocks, BLOCK_SIZE), seqs, budget, BlockKeys(BLOCK_SIZE) if caching else None)
 
 
-def run_step(scheduler: Scheduler) -> list:
+def run_step(scheduler: Scheduler) -> list[Chunk]:
     """Compute a step with a model that always says 7."""
     chunks = scheduler.schedule()
     closing = [chunk.request for chunk in chunks if chunk.closes_gap]
@@ -33,18 +35,38 @@ def run_step(scheduler: Scheduler) -> list:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random adds, aborts, steps and finishes; nothing is lost, nothing is computed twice or out of order."""
+    """Random requests that share prefixes, aborts and steps: nothing is lost, nothing stale read, nobody left to wait.
+
+    `memory` is what stands in each slot of the cache: the tokens, from their beginning, whose last one was written
+    there, and the salt. What a request finds must be its own beginning.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler()
         self.live: dict[str, Request] = {}
-        self.added = 0
+        self.memory: dict[tuple[int, int], tuple] = {}
+        self.added = self.steps = 0
+        self.passed: Counter[str] = Counter()  # how many got in before a request that ranks before them
+        self.returned: dict[str, int] = {}  # in which step preempted ones came back, until another comes in
 
-    @rule(length=st.integers(1, LONGEST - 1))
-    def add(self, length: int) -> None:
+    @initialize(caching=st.sampled_from([True, True, False]), budget=st.integers(4, 40), prioritized=st.booleans())
+    def begin(self, caching: bool, budget: int, prioritized: bool) -> None:
+        self.scheduler = make_scheduler(budget=budget, caching=caching)
+        self.prioritized = prioritized
+
+    @rule(
+        text=st.sampled_from(TEXTS),
+        shared=st.integers(0, LONGEST - 3),
+        tail=st.lists(st.integers(0, 2), min_size=1, max_size=2),
+        salt=st.sampled_from([None, None, "a"]),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, text: list[int], shared: int, tail: list[int], salt: str | None, priority: int) -> None:
         self.added += 1
-        request = make_request(str(self.added), length)
+        priority = priority if self.prioritized else 0
+        request = Request(
+            str(self.added), text[:shared] + tail, SamplingParams(), 0, priority=priority, cache_salt=salt
+        )
         self.live[request.id] = request
         self.scheduler.add(request)
 
@@ -53,46 +75,94 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data) -> None:
         self._drop(data.draw(st.sampled_from(sorted(self.live))))
 
-    @rule()
-    def step(self) -> None:
-        waiting_before = len(self.scheduler.waiting)
-        preemptions = self.scheduler.preemptions
+    @rule(steps=st.integers(1, 5))
+    def go_on(self, steps: int) -> None:
+        for _ in range(steps):
+            self._step()
+
+    def _step(self) -> None:
+        self.steps += 1
+        waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
         chunks = self.scheduler.schedule()
+        self._check_who_runs(waiting, running)
         assert sum(chunk.count for chunk in chunks) <= self.scheduler.max_num_batched_tokens
         assert len({chunk.request.id for chunk in chunks}) == len(chunks)
-        for chunk in chunks:
-            assert chunk.count > 0
-            assert chunk.start == chunk.request.computed
-            assert chunk.start + chunk.count <= chunk.request.known
-            assert len(chunk.request.blocks) * BLOCK_SIZE >= chunk.start + chunk.count
-        if self.scheduler.preemptions > preemptions:
-            assert len(self.scheduler.waiting) >= waiting_before, "a step that preempts must not admit"
         assert bool(chunks) == bool(self.live), "work that is there must go on"
+        for chunk in chunks:
+            self._check_chunk(chunk)
+        for chunk in chunks:
+            self._write(chunk)
         self.scheduler.retire(chunks)
         for chunk in chunks:
-            request = chunk.request
-            if request.computed == request.known:
-                request.tokens.append(7)
-                if request.known > LONGEST:
-                    self._drop(request.id)
+            if chunk.closes_gap:
+                chunk.request.tokens.append(7)
+                if chunk.request.known > LONGEST:
+                    self._drop(chunk.request.id)
+        self.scheduler.check()
+
+    def _check_who_runs(self, waiting: list[Request], running: list[Request]) -> None:
+        let_in = [request for request in self.scheduler.running if request in waiting]
+        preempted = [request for request in running if request in self.scheduler.waiting]
+        assert not (let_in and preempted), "a step that preempts must not admit"
+        assert preempted == [] or max(preempted, key=lambda r: r.rank) is max(running, key=lambda r: r.rank)
+        for request in preempted:
+            since = self.returned.pop(request.id, None)
+            assert since is None or self.steps - since > BLOCK_SIZE, "in and out in a circle"
+        for request in let_in:
+            self.passed.update(other.id for other in self.scheduler.waiting if other.rank < request.rank)
+            self.returned = {request.id: self.steps} if request.preemptions else {}
+        assert max(self.passed.values(), default=0) <= MOST_OVERTAKEN
+
+    def _check_chunk(self, chunk: Chunk) -> None:
+        request = chunk.request
+        assert chunk.count > 0
+        assert chunk.start == request.computed
+        assert chunk.start + chunk.count <= request.known
+        assert len(request.blocks) * BLOCK_SIZE >= chunk.start + chunk.count
+        for position in range(chunk.start):
+            place = request.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
+            assert self.memory[place] == (request.cache_salt, *request.tokens[: position + 1])
+
+    def _write(self, chunk: Chunk) -> None:
+        others = [r for r in self.live.values() if r is not chunk.request]
+        for position in range(chunk.start, chunk.start + chunk.count):
+            block = chunk.request.blocks[position // BLOCK_SIZE]
+            assert not any(block in other.blocks for other in others), "what is shared is never written"
+            written = (chunk.request.cache_salt, *chunk.request.tokens[: position + 1])
+            self.memory[block, position % BLOCK_SIZE] = written
 
     def _drop(self, name: str) -> None:
         self.scheduler.remove(self.live.pop(name))
 
     @invariant()
     def every_block_is_accounted_for(self) -> None:
-        self.scheduler.check()
-        assert self.scheduler.pool.free + self.scheduler.pool.used == BLOCKS
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+            pool = self.scheduler.pool
+            assert pool.free + pool.used + pool.cached == BLOCKS
+            assert pool.used == len({block for request in self.live.values() for block in request.blocks})
 
     @invariant()
     def every_request_is_somewhere(self) -> None:
-        held = [*self.scheduler.running, *self.scheduler.waiting]
-        assert {request.id for request in held} == set(self.live)
-        assert len(held) == len(self.live)
-        assert all(not request.blocks and not request.computed for request in self.scheduler.waiting)
+        if hasattr(self, "scheduler"):
+            held = [*self.scheduler.running, *self.scheduler.waiting]
+            assert {request.id for request in held} == set(self.live)
+            assert len(held) == len(self.live)
+            assert all(not request.blocks and not request.computed for request in self.scheduler.waiting)
+            for queue in (self.scheduler.running, self.scheduler.waiting):
+                assert queue == sorted(queue, key=lambda request: request.rank)
+
+    def teardown(self) -> None:
+        """All that is still there comes to its end, in the steps that it would take one after the other, twice."""
+        end = self.steps + 2 * len(self.live) * (LONGEST + LONGEST // 4)
+        while self.live:
+            self._step()
+            assert self.steps <= end
+        if hasattr(self, "scheduler"):
+            assert self.scheduler.pool.used == 0
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
 
 
@@ -119,7 +189,7 @@ def test_the_newest_is_preempted_and_recomputed_and_the_oldest_never_waits() -> 
     while not scheduler.preemptions:
         run_step(scheduler)
         assert old.computed == old.known - 1
-    assert list(scheduler.waiting) == [new]
+    assert scheduler.waiting == [new]
     assert new.computed == 0
     known = new.known
     scheduler.remove(old)
@@ -138,14 +208,204 @@ def test_no_more_run_at_once_than_allowed() -> None:
     assert [r.id for r in scheduler.running] == ["b", "c"]
 
 
-def test_lost_blocks_are_noticed() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    table: list[int] = []
-    assert pool.grow(table, 9)
-    assert len(table) == 3 and pool.used == 3
-    assert not pool.grow([], 8), "two blocks are wanted, one is free"
-    pool.check([table])
-    with pytest.raises(LlmoptError, match="lost its books"):
-        pool.check([table[:-1]])
-    with pytest.raises(LlmoptError, match="lost its books"):
-        pool.check([table, [table[0]]])
+def counts(chunks: list[Chunk]) -> list[tuple[str, int, int]]:
+    return [(chunk.request.id, chunk.start, chunk.count) for chunk in chunks]
+
+
+def make_sharing(name: str, tail: list[int], shared: int = 12, priority: int = 0) -> Request:
+    return Request(name, [*range(shared), *tail], SamplingParams(), 0, priority=priority)
+
+
+def test_a_shared_prefix_is_computed_once_by_requests_that_come_together() -> None:
+    scheduler = make_scheduler(blocks=40, budget=100, caching=True)
+    for name in "abcd":
+        scheduler.add(make_sharing(name, [ord(name)] * 3))
+    assert counts(run_step(scheduler)) == [("a", 0, 15)]
+    assert counts(run_step(scheduler)) == [("a", 15, 1), *((name, 12, 3) for name in "bcd")]
+    assert (scheduler.queried, scheduler.found) == (60, 36)
+    assert [request.cached_tokens for request in scheduler.running] == [0, 12, 12, 12]
+
+
+def test_only_the_block_that_is_needed_next_is_waited_for() -> None:
+    scheduler = make_scheduler(blocks=40, budget=8, caching=True)
+    scheduler.add(make_sharing("long", [50] * 30))
+    scheduler.add(make_sharing("short", [60], shared=8))
+    scheduler.add(make_request("other", 1, priority=1))
+    assert counts(run_step(scheduler)) == [("long", 0, 8)]
+    scheduler.max_num_batched_tokens = 12
+    assert counts(run_step(scheduler)) == [("long", 8, 12)]
+    scheduler.max_num_batched_tokens = 30
+    assert counts(run_step(scheduler)) == [("long", 20, 22), ("short", 8, 1), ("other", 0, 1)]
+
+
+def test_others_pass_a_request_that_waits_for_a_prefix() -> None:
+    scheduler = make_scheduler(blocks=40, budget=20, caching=True)
+    scheduler.add(make_sharing("a", [50]))
+    scheduler.add(make_sharing("b", [60]))
+    scheduler.add(Request("c", [99] * 4, SamplingParams(), 0))
+    assert counts(run_step(scheduler)) == [("a", 0, 13), ("c", 0, 4)]
+
+
+def test_who_waits_for_a_prefix_computes_it_when_its_owner_is_aborted() -> None:
+    scheduler = make_scheduler(blocks=40, budget=8, caching=True)
+    first, second = make_sharing("a", [50]), make_sharing("b", [60])
+    scheduler.add(first)
+    scheduler.add(second)
+    assert counts(run_step(scheduler)) == [("a", 0, 8)]
+    scheduler.remove(first)
+    assert counts(run_step(scheduler)) == [("b", 8, 5)], "and what was computed is not lost"
+
+
+def test_who_waits_for_a_prefix_goes_on_after_its_owner_was_preempted() -> None:
+    scheduler = make_scheduler(blocks=10, budget=6, caching=True)
+    oldest = Request("oldest", [99] * 4, SamplingParams(), 0)
+    owner, waits = make_sharing("owner", [50] * 5, shared=24), make_sharing("waits", [60], shared=24)
+    for request in (oldest, owner, waits):
+        scheduler.add(request)
+    while not owner.preemptions:
+        assert not waits.blocks
+        run_step(scheduler)
+    assert scheduler.pool.cached == 5, "what was computed of the owner's prompt"
+    scheduler.remove(oldest)
+    assert counts(run_step(scheduler)) == [("owner", 20, 6)]
+    assert counts(run_step(scheduler)) == [("owner", 26, 3), ("waits", 24, 1)]
+
+
+def test_nobody_waits_for_a_prefix_of_one_that_ranks_behind() -> None:
+    """What keeps the owner from the budget might keep it from it for ever."""
+    scheduler = make_scheduler(blocks=40, budget=8, caching=True)
+    scheduler.add(make_sharing("behind", [50], priority=1))
+    run_step(scheduler)
+    scheduler.max_num_batched_tokens = 20
+    scheduler.add(make_sharing("before", [60]))
+    assert counts(run_step(scheduler)) == [("behind", 8, 5), ("before", 8, 5)]
+
+
+def test_the_last_token_is_always_computed() -> None:
+    scheduler = make_scheduler(blocks=40, budget=100, caching=True)
+    for name in "ab":
+        scheduler.add(make_request(name, 12))
+        chunks = run_step(scheduler)
+    assert counts(chunks) == [("a", 12, 1), ("b", 8, 4)]
+
+
+def test_samples_of_a_prompt_compute_it_once_but_for_the_last_block() -> None:
+    scheduler = make_scheduler(blocks=40, budget=100, caching=True)
+    for name in "abc":
+        scheduler.add(make_request(name, 14))
+    assert counts(run_step(scheduler)) == [("a", 0, 14)]
+    assert counts(run_step(scheduler))[1:] == [("b", 12, 2), ("c", 12, 2)]
+    scheduler.check()
+    assert scheduler.pool.used == 3 + 3 * 1, "b and c hold a's three full blocks"
+
+
+def test_output_is_found_too() -> None:
+    scheduler = make_scheduler(blocks=40, budget=100, caching=True)
+    first = make_request("a", 3)
+    scheduler.add(first)
+    for _ in range(7):
+        run_step(scheduler)
+    scheduler.remove(first)
+    scheduler.add(Request("b", [*first.tokens, 1, 2], SamplingParams(), 0))
+    assert counts(run_step(scheduler)) == [("b", 8, 4)]
+
+
+def test_salts_keep_requests_apart() -> None:
+    scheduler = make_scheduler(blocks=40, budget=100, caching=True)
+    for number, salt in enumerate((None, "a", "b", "a", None)):
+        request = Request(str(number), list(range(14)), SamplingParams(), 0, cache_salt=salt)
+        scheduler.add(request)
+        run_step(scheduler)
+        assert request.cached_tokens == (0 if number < 3 else 12)
+        scheduler.remove(request)
+
+
+def test_a_preempted_request_finds_what_is_left_of_its_blocks() -> None:
+    scheduler = make_scheduler(blocks=8, budget=32, caching=True)
+    old, new = make_request("old", 12), Request("new", [50] * 15, SamplingParams(), 0)
+    scheduler.add(old)
+    scheduler.add(new)
+    while not scheduler.preemptions:
+        run_step(scheduler)
+        assert old.computed == old.known - 1
+    assert scheduler.waiting == [new]
+    scheduler.remove(old)
+    known = new.known
+    assert counts(run_step(scheduler)) == [("new", 16, known - 16)]
+    assert (scheduler.queried, new.cached_tokens) == (27, 0), "what is found after a preemption does not count"
+
+
+def test_small_requests_pass_one_that_does_not_fit_but_not_for_ever() -> None:
+    scheduler = make_scheduler(blocks=8, budget=100)
+    holder, large = make_request("holder", 11), make_request("large", 24)
+    scheduler.add(holder)
+    run_step(scheduler)
+    scheduler.add(large)
+    first_chunks = []
+    for number in range(100):  # one small request comes in each step, and runs for two
+        scheduler.add(make_request(f"small {number}", 3))
+        first_chunks += [chunk.request.id for chunk in run_step(scheduler) if chunk.start == 0]
+        for request in [r for r in scheduler.running if r.id.startswith("small") and r.known == 5]:
+            scheduler.remove(request)
+        holder.tokens[12:] = []  # it keeps its three blocks
+        holder.computed = min(holder.computed, 11)
+        if number == 60:
+            scheduler.remove(holder)
+        if large.blocks:
+            break
+    assert first_chunks.index("large") == MOST_OVERTAKEN
+
+
+def test_a_prompt_that_fits_only_alone_gets_in_beside_endless_small_ones() -> None:
+    scheduler = make_scheduler(blocks=8, budget=100)
+    small = 0
+    large = make_request("large", LONGEST - 1)
+    for step in range(200):
+        while len(scheduler.waiting) < 4:
+            small += 1
+            scheduler.add(make_request(f"small {small}", 5))
+        if step == 3:
+            scheduler.add(large)
+        run_step(scheduler)
+        for request in [r for r in scheduler.running if r.known > 9 and r is not large]:
+            scheduler.remove(request)
+        if large.blocks:
+            break
+    assert large.computed == LONGEST - 1
+
+
+def test_a_preempted_request_comes_back_only_where_it_can_stay() -> None:
+    scheduler = make_scheduler(blocks=13, seqs=8, budget=100)
+    old, small, new = make_request("old", 13), make_request("small", 3), make_request("new", 26)
+    for request in (old, small, new):
+        scheduler.add(request)
+        run_step(scheduler)
+    while not new.preemptions:
+        run_step(scheduler)
+    scheduler.remove(small)
+    scheduler.add(make_request("newest", 3))
+    for _ in range(BLOCK_SIZE):
+        assert counts(run_step(scheduler)) == [("old", old.known - 2, 1)]
+        assert scheduler.pool.free >= scheduler.pool.blocks_for(new.known), "it would fit until old takes another block"
+    scheduler.remove(old)
+    assert [chunk.request.id for chunk in run_step(scheduler)] == ["new", "newest"], "and nobody passed it"
+
+
+def test_priorities() -> None:
+    scheduler = make_scheduler(blocks=40, seqs=2, budget=100)
+    for name, priority in (("late", 5), ("b", 0), ("c", 0), ("first", -3)):
+        scheduler.add(make_request(name, 3, priority))
+    assert [chunk.request.id for chunk in run_step(scheduler)] == ["first", "b"]
+    scheduler.remove(scheduler.running[0])
+    assert [chunk.request.id for chunk in run_step(scheduler)] == ["b", "c"]
+
+
+def test_the_lowest_priority_is_preempted_however_old_it_is() -> None:
+    scheduler = make_scheduler(blocks=8, budget=32)
+    old, new = make_request("old", 12, priority=1), make_request("new", 12)
+    scheduler.add(old)
+    run_step(scheduler)
+    scheduler.add(new)
+    while not scheduler.preemptions:
+        run_step(scheduler)
+    assert scheduler.waiting == [old] and scheduler.running == [new]

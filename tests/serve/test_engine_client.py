@@ -25,7 +25,19 @@ def delta(request_id, text, finish=None, output_tokens=1, logprobs=None):
 
 
 def stats(running=0, preemptions=0):
-    return EngineStats(running, 0, 4, 0, preemptions, 0, 0, 0)
+    return EngineStats(
+        running=running,
+        waiting=0,
+        total_blocks=4,
+        used_blocks=0,
+        cached_blocks=0,
+        preemptions=preemptions,
+        prefix_cache_queries=10 * preemptions,
+        prefix_cache_hits=3 * preemptions,
+        prompt_tokens=0,
+        generation_tokens=0,
+        steps=0,
+    )
 
 
 class Peer:

@@ -44,7 +44,19 @@ class CountingEngine:
         return deltas
 
     def stats(self):
-        return EngineStats(len(self.left), 0, 8, 0, 0, 0, 0, self.steps)
+        return EngineStats(
+            running=len(self.left),
+            waiting=0,
+            total_blocks=8,
+            used_blocks=0,
+            cached_blocks=0,
+            preemptions=0,
+            prefix_cache_queries=0,
+            prefix_cache_hits=0,
+            prompt_tokens=0,
+            generation_tokens=0,
+            steps=self.steps,
+        )
 
 
 @pytest.fixture

@@ -16,7 +16,19 @@ MESSAGES = [
     Add("b", [1], SamplingParams(logprobs=5, temperature=0)),
     Add("c", [1], SamplingParams(logit_bias={5: -1.5}, allowed_token_ids=(5, 6), bad_words=("é",), prompt_logprobs=0)),
 ]
-STATS = EngineStats(1, 2, 3, 2, 5, 6, 7, 8)
+STATS = EngineStats(
+    running=1,
+    waiting=2,
+    total_blocks=3,
+    used_blocks=2,
+    cached_blocks=1,
+    preemptions=5,
+    prefix_cache_queries=9,
+    prefix_cache_hits=4,
+    prompt_tokens=6,
+    generation_tokens=7,
+    steps=8,
+)
 
 
 @given(st.lists(st.integers(1, 400), max_size=8))
