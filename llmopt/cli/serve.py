@@ -36,9 +36,17 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together, at most.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step, at most.")] = 2048,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto (same as --dtype), float32, bfloat16 or float16.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto (as the activations), float32, bfloat16, float16, int8 or fp8.")
+    ] = "auto",
     kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Size of the KV cache.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Compute the beginning that prompts share once, and keep it while there is room.")
+    ] = True,
+    scheduling_policy: Annotated[
+        str, typer.Option(help="fcfs, or priority: requests of the lowest `priority` first.")
+    ] = "fcfs",
     dtype: Annotated[str, typer.Option(help="Of activations: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, reference or cpu.")] = "auto",
@@ -67,6 +75,7 @@ def serve(
         "backend": backend,
         "dtype": dtype,
         "kv_cache_dtype": kv_cache_dtype,
+        "scheduling_policy": scheduling_policy,
     }
     engine = EngineConfig(
         model=model,
@@ -76,6 +85,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
         threads=threads,
         seed=seed,
     )

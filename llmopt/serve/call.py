@@ -51,6 +51,7 @@ class Call(ABC):
         self.created = int(time.time())
         self.works = self._works(model.ready)
         self._output_tokens = [0] * len(self.works)
+        self._cached_tokens = [0] * len(self.prompts)
         self._started = [False] * len(self.works)
 
     @abstractmethod
@@ -76,13 +77,13 @@ class Call(ABC):
     def answer(self, wholes: Sequence[Delta]) -> dict[str, Any]:
         """The body of an answer that is not streamed, from what the engine said about each choice in all."""
         for index, whole in enumerate(wholes):
-            self._output_tokens[index] = whole.output_tokens
+            self._count(index, whole)
         choices = [self.choice(index, whole) for index, whole in enumerate(wholes)]
         return {**self._head(self.answer_object), "choices": choices, "usage": self.usage()}
 
     def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of a stream that tell a delta; none where there is nothing yet to tell."""
-        self._output_tokens[index] = delta.output_tokens
+        self._count(index, delta)
         first, self._started[index] = not self._started[index], True
         choices = self.chunk_choices(index, delta, first)
         options = self.request.stream_options
@@ -99,10 +100,15 @@ class Call(ABC):
             return None
         return {**self._head(self.chunk_object), "choices": [], "usage": self.usage()}
 
-    def usage(self) -> dict[str, int]:
-        """Tokens so far; a prompt counts once, however many choices it has."""
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far. A prompt counts once, however many choices it has; cached is what the first found of it."""
         prompt, completion = sum(map(len, self.prompts)), sum(self._output_tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+        }
 
     def prompt_of(self, index: int) -> list[int]:
         return self.prompts[index // self.choices_per_prompt]
@@ -133,6 +139,12 @@ class Call(ABC):
     def token_text(self, token_id: int) -> str:
         return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def _count(self, index: int, delta: Delta) -> None:
+        self._output_tokens[index] = delta.output_tokens
+        prompt, choice = divmod(index, self.choices_per_prompt)
+        if choice == 0:
+            self._cached_tokens[prompt] = delta.cached_tokens
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model_name}
 
@@ -140,6 +152,8 @@ class Call(ABC):
         n = self.choices_per_prompt
         if n * len(self.prompts) > MAX_CHOICES:
             raise ApiError(400, f"{len(self.prompts)} prompts with n={n} are more than {MAX_CHOICES} choices", "n")
+        if self.request.priority and ready.scheduling_policy != "priority":
+            raise ApiError(400, "a priority counts only where the server has --scheduling-policy priority", "priority")
         given = self.request.model_dump(include=set(PARAMETER_NAMES), exclude_none=True)
         reports = {"logprobs": self.logprobs(), "prompt_logprobs": self.prompt_logprobs()}
         options = {**ready.default_sampling, **given, **reports}

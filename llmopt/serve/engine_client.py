@@ -63,7 +63,11 @@ class EngineClient:
             raise Unavailable(f"the server is full: {len(self._open)} of at most {MAX_OPEN} requests are open")
 
     async def generate(
-        self, request_id: str, works: Sequence[tuple[list[int], SamplingParams]]
+        self,
+        request_id: str,
+        works: Sequence[tuple[list[int], SamplingParams]],
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Complete several prompts side by side; yields (index in `works`, delta) as they come, until all have ended.
 
@@ -76,7 +80,7 @@ class EngineClient:
         try:
             for index, (prompt, params) in enumerate(works):
                 self._open[ids[index]] = _OpenRequest(index, mailbox, RequestTimer(self._metrics))
-                self._send(Add(ids[index], prompt, params))
+                self._send(Add(ids[index], prompt, params, priority, cache_salt))
             unfinished = len(works)
             while unfinished:
                 for index, delta in await mailbox.take():
@@ -161,6 +165,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
         prompt_tokens=last.prompt_tokens,
         output_tokens=last.output_tokens,
         prompt_logprobs=next(of_prompt, None),
+        cached_tokens=last.cached_tokens,
     )
 
 

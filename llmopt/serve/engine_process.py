@@ -76,6 +76,7 @@ def _run(connection: EngineSocket) -> None:
                 vocab_size=engine.model_config.vocab_size,
                 blocks=engine.stats().total_blocks,
                 block_size=engine.config.block_size,
+                scheduling_policy=engine.config.scheduling_policy,
                 default_sampling=engine.default_sampling,
             )
         )
@@ -113,7 +114,7 @@ def _take(engine: "Engine", connection: EngineSocket, message: ToEngine) -> None
         engine.abort(message.request_id)
     elif isinstance(message, Add):
         try:
-            engine.add(message.request_id, message.prompt, message.params)
+            engine.add(message.request_id, message.prompt, message.params, message.priority, message.cache_salt)
         except InputError as error:
             connection.send(Rejected(message.request_id, str(error)))
     else:

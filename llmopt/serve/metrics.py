@@ -25,12 +25,16 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._labels = (model_name, "0")
-        self._stats: EngineStats | None = None
         self.running = self._gauge("num_requests_running", "Requests in the engine's batch.")
         self.waiting = self._gauge("num_requests_waiting", "Requests waiting for room in the batch.")
         self.cache_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.")
-        self.preemptions = self._counter("num_preemptions", "Requests taken out of the batch for want of KV cache.")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed, of requests that began to answer.")
+        self._of_engine = {  # by their names in EngineStats, which says how far they have come
+            "preemptions": self._counter("num_preemptions", "Requests taken out of the batch for want of KV cache."),
+            "prefix_cache_queries": self._counter("prefix_cache_queries", "Prompt tokens looked for in the KV cache."),
+            "prefix_cache_hits": self._counter("prefix_cache_hits", "Prompt tokens found in the KV cache."),
+        }
+        self._last = dict.fromkeys(self._of_engine, 0)
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._success = Counter("vllm:request_success", "Finished requests.", (*_LABELS, "finished_reason"),
                                 registry=self._registry)  # fmt: skip
@@ -52,8 +56,10 @@ class Metrics:
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.cache_usage.set(stats.kv_cache_usage)
-        self.preemptions.inc(stats.preemptions - (self._stats.preemptions if self._stats else 0))
-        self._stats = stats
+        for name, counter in self._of_engine.items():
+            now = getattr(stats, name)
+            counter.inc(now - self._last[name])
+            self._last[name] = now
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""

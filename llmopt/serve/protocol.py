@@ -24,11 +24,13 @@ class Configure(msgspec.Struct, frozen=True, tag=True):
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """A prompt of tokens to complete."""
+    """A prompt of tokens to complete; `priority` and `cache_salt` as in `Engine.add`."""
 
     request_id: str
     prompt: list[int]
     params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -44,6 +46,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     vocab_size: int
     blocks: int
     block_size: int
+    scheduling_policy: str
     default_sampling: dict[str, int | float]
 
 

@@ -20,7 +20,6 @@ LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"}
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "cache_salt": (),
     "function_call": ("none",),
     "functions": ([],),
     "guided_json": (),
@@ -30,7 +29,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # says nothing without tools
     "prediction": (),
-    "priority": (0,),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -138,6 +136,8 @@ class GenerationRequest(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -100,7 +100,8 @@ async def _logged(call: Call, client: EngineClient) -> AsyncGenerator[tuple[int,
     start, outcome = time.perf_counter(), "aborted"
     tokens = [0] * len(call.works)
     try:
-        async with aclosing(client.generate(call.id, call.works)) as deltas:
+        priority, salt = call.request.priority or 0, call.request.cache_salt
+        async with aclosing(client.generate(call.id, call.works, priority, salt)) as deltas:
             async for index, delta in deltas:
                 tokens[index] = delta.output_tokens
                 yield index, delta

@@ -103,7 +103,14 @@ def byte_tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def served_model() -> ServedModel:
-    ready = Ready(max_model_len=100, vocab_size=257, blocks=10, block_size=16, default_sampling={})
+    ready = Ready(
+        max_model_len=100,
+        vocab_size=257,
+        blocks=10,
+        block_size=16,
+        scheduling_policy="fcfs",
+        default_sampling={},
+    )
     return ServedModel(byte_tokenizer(), ("small", "alias"), ready)
 
 
@@ -112,6 +119,7 @@ class ScriptedClient:
 
     Attributes:
         seen: the works of each call.
+        placed: the priority and the salt of each call.
         closed: how many calls were closed before they had ended.
         error: ends every call, after its text.
         hang: never answers.
@@ -124,6 +132,7 @@ class ScriptedClient:
         self.error: LlmoptError | None = None
         self.hang = False
         self.seen: list[list[tuple[list[int], SamplingParams]]] = []
+        self.placed: list[tuple[int, str | None]] = []
         self.closed = 0
         self.down: str | None = None
 
@@ -131,8 +140,9 @@ class ScriptedClient:
         if self.down is not None:
             raise Unavailable(self.down)
 
-    async def generate(self, request_id, works) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def generate(self, request_id, works, priority=0, cache_salt=None) -> AsyncGenerator[tuple[int, Delta], None]:
         self.seen.append(list(works))
+        self.placed.append((priority, cache_salt))
         ended = False
         try:
             if self.hang:

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from llmopt import __version__
 from llmopt.errors import InputError
@@ -63,7 +64,17 @@ def test_a_completion(api):
     assert response.status_code == 200
     body = response.json()
     assert (body["model"], body["object"], body["choices"][0]["text"]) == ("alias", "text_completion", "hello")
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (3, 5)
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_priority_and_salt_reach_the_engine(api, served_model, scripted_client, stream):
+    object.__setattr__(served_model, "ready", structs.replace(served_model.ready, scheduling_policy="priority"))
+    body = {**CHAT, "stream": stream, "priority": -3, "cache_salt": "mine"}
+    assert api("POST", "/v1/chat/completions", json=body).status_code == 200
+    assert api("POST", "/v1/chat/completions", json={**CHAT, "stream": stream}).status_code == 200
+    assert scripted_client.placed == [(-3, "mine"), (0, None)]
 
 
 def test_a_streamed_chat(api):

@@ -1,13 +1,13 @@
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from llmopt.engine.outputs import Delta, TokenLogprobs
 from llmopt.errors import InputError
 from llmopt.serve import call as call_module
 from llmopt.serve.completions import CompletionCall
 from llmopt.serve.errors import ApiError
-from llmopt.serve.protocol import Ready
 from llmopt.serve.schema import CompletionRequest
 
 
@@ -19,6 +19,11 @@ def whole(text="hello", tokens=(1, 2), logprobs=None, finish="length") -> Delta:
     return Delta("r", text, list(tokens), logprobs, finish, None, 3, len(tokens))
 
 
+def usage(prompt: int, completion: int, cached: int = 0) -> dict:
+    tokens = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {**tokens, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
 def test_every_prompt_gets_n_choices_with_their_own_seeds(served_model):
     made = call(served_model, prompt=["a", "bc"], n=2, seed=7, temperature=0.5)
     encode = served_model.tokenizer.encode
@@ -27,7 +32,7 @@ def test_every_prompt_gets_n_choices_with_their_own_seeds(served_model):
     assert {(params.n, params.temperature, params.max_tokens) for _, params in made.works} == {(1, 0.5, 16)}
     body = made.answer([whole("w"), whole("x"), whole("y"), whole("z")])
     assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "w"), (1, "x"), (2, "y"), (3, "z")]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    assert body["usage"] == usage(3, 8)
 
 
 def test_token_prompts_are_taken_as_they_are(served_model):
@@ -59,7 +64,8 @@ def test_all_sampling_fields_reach_the_engine(served_model):
 
 
 def test_the_models_own_sampling_is_the_default_and_only_that(served_model):
-    object.__setattr__(served_model, "ready", Ready(100, 257, 10, 16, {"temperature": 0.6, "top_k": 20}))
+    ready = structs.replace(served_model.ready, default_sampling={"temperature": 0.6, "top_k": 20})
+    object.__setattr__(served_model, "ready", ready)
     ((_, params),) = call(served_model, top_k=3).works
     assert (params.temperature, params.top_k) == (0.6, 3)
 
@@ -172,7 +178,7 @@ def test_echo_alone_generates_nothing_that_is_told(served_model):
     (choice,) = body["choices"]
     assert (choice["text"], choice["token_ids"], choice["finish_reason"]) == ("abc", [], "length")
     assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert body["usage"] == usage(3, 0)
     streamed = call(served_model, prompt="abc", echo=True, max_tokens=0, stream=True)
     assert [chunk["choices"][0]["text"] for chunk in streamed.chunks(0, delta)] == ["abc"]
     with pytest.raises(InputError, match="max_tokens must be between 1"):
@@ -234,10 +240,26 @@ def test_token_ids_are_returned_on_request(served_model):
     assert "prompt_token_ids" not in second
 
 
+def test_usage_tells_what_the_first_choice_of_each_prompt_found_in_the_cache(served_model):
+    made = call(served_model, prompt=["a", "bc"], n=2)
+    wholes = [replace(whole(), cached_tokens=cached) for cached in (0, 100, 16, 100)]
+    assert made.answer(wholes)["usage"] == usage(3, 8, cached=16)
+
+
+def test_a_priority_is_refused_where_it_does_not_count(served_model):
+    assert call(served_model, priority=0).works
+    with pytest.raises(ApiError) as caught:
+        call(served_model, priority=1)
+    assert caught.value.detail == "a priority counts only where the server has --scheduling-policy priority"
+    assert caught.value.param == "priority"
+    object.__setattr__(served_model, "ready", structs.replace(served_model.ready, scheduling_policy="priority"))
+    assert call(served_model, priority=1).works
+
+
 def test_usage_in_a_stream(served_model):
     made = call(served_model, stream=True, stream_options={"include_usage": True})
     assert made.chunks(0, whole())[0]["usage"] is None
-    assert made.usage_chunk()["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert made.usage_chunk()["usage"] == usage(3, 2)
     assert made.usage_chunk()["choices"] == []
     running = call(served_model, stream=True, stream_options={"continuous_usage_stats": True})
     assert running.chunks(0, whole(finish=None))[0]["usage"]["completion_tokens"] == 2

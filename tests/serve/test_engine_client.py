@@ -16,7 +16,9 @@ from llmopt.serve.errors import EngineStopped, Unavailable
 from llmopt.serve.metrics import Metrics
 from llmopt.serve.protocol import LENGTH, Abort, Add, Deltas, Failed, Ready, Rejected, frame, to_engine_decoder
 
-READY = Ready(max_model_len=8, vocab_size=9, blocks=4, block_size=2, default_sampling={"top_k": 5})
+READY = Ready(
+    max_model_len=8, vocab_size=9, blocks=4, block_size=2, scheduling_policy="fcfs", default_sampling={"top_k": 5}
+)
 WORK = ([1, 2], SamplingParams())
 
 
@@ -235,7 +237,18 @@ def test_a_flood_is_refused(monkeypatch):
     run(scenario)
 
 
-def test_preemptions_are_counted_by_their_difference():
+def test_priority_and_salt_go_with_every_prompt():
+    async def scenario():
+        async with connected() as (client, peer):
+            reading = asyncio.create_task(anext(client.generate("r", [WORK, WORK], priority=-2, cache_salt="s")))
+            assert await peer.receive() == Add("r-0", *WORK, priority=-2, cache_salt="s")
+            assert await peer.receive() == Add("r-1", *WORK, priority=-2, cache_salt="s")
+            reading.cancel()
+
+    run(scenario)
+
+
+def test_the_engines_counts_are_taken_by_their_difference():
     async def scenario():
         async with connected() as (client, peer):
             for total in (2, 2, 5):
@@ -247,6 +260,8 @@ def test_preemptions_are_counted_by_their_difference():
                 await stream.aclose()
             text = client.metrics.render().decode()
             assert 'vllm:num_preemptions_total{engine="0",model_name="m"} 5.0' in text
+            assert 'vllm:prefix_cache_queries_total{engine="0",model_name="m"} 50.0' in text
+            assert 'vllm:prefix_cache_hits_total{engine="0",model_name="m"} 15.0' in text
             assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="m"} 3.0' in text
             assert 'vllm:prompt_tokens_total{engine="0",model_name="m"} 6.0' in text
             assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 3.0' in text
@@ -256,8 +271,10 @@ def test_preemptions_are_counted_by_their_difference():
 
 def test_merge_keeps_every_tokens_logprobs():
     entries = [TokenLogprobs(i, -1.0, 1, []) for i in range(3)]
-    merged = merge([delta("r", "a", logprobs=entries[:1]), delta("r", "b", "stop", 3, entries[1:])])
+    last = replace(delta("r", "b", "stop", 3, entries[1:]), cached_tokens=1)
+    merged = merge([delta("r", "a", logprobs=entries[:1]), last])
     assert (merged.text, merged.logprobs, merged.finish_reason, merged.output_tokens) == ("ab", entries, "stop", 3)
+    assert merged.cached_tokens == 1
 
 
 def test_merge_keeps_what_the_first_delta_says_of_the_prompt():

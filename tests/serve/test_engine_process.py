@@ -20,7 +20,7 @@ class CountingEngine:
         self.left: dict[str, int] = {}
         self.steps = 0
 
-    def add(self, request_id, prompt, params):
+    def add(self, request_id, prompt, params, priority, cache_salt):
         if not prompt:
             raise InputError("the prompt is empty")
         self.left[request_id] = 3

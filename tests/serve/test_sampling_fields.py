@@ -90,7 +90,7 @@ def test_echo_with_logprobs_is_the_same_streamed(url: str) -> None:
 def test_echo_alone(url: str, tiny_model) -> None:
     answer = complete(url, echo=True, max_tokens=0, logprobs=0)
     (choice,) = answer["choices"]
-    assert answer["usage"] == {"prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8}
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (8, 0)
     rows = model_logprobs(tiny_model, PROMPT)
     expected = rows[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0].tolist()
     assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-3)

@@ -30,6 +30,13 @@ def complaint(model, **body) -> str:
         ({"stop": 3}, "stop: must be a string or a list of at most 64 strings"),
         ({"stop": ["a", 3]}, "stop: must be a string or a list of at most 64 strings"),
         ({"stop": ["a"] * 65}, "stop: must be a string or a list of at most 64 strings"),
+        ({"cache_salt": ""}, "cache_salt: string should have at least 1 character"),
+        (
+            {"cache_salt": "\ud800"},
+            "cache_salt: input should be a valid string, unable to parse raw data as a unicode string",
+        ),
+        ({"priority": 2**40}, "priority: input should be less than 2147483648"),
+        ({"priority": 0.5}, "priority: input should be a valid integer"),
         ({"suffix": "x"}, "suffix is not supported yet; leave it out"),
         ({"best_of": 2}, "best_of is not supported yet; leave it out"),
         ({"logit_bias": [1]}, f"logit_bias: must be {BIAS}"),

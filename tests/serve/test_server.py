@@ -124,6 +124,25 @@ def test_logprobs_of_chat_stream(client):
     assert all(bytes(entry.bytes).decode() == entry.token for entry in streamed)
 
 
+def test_a_beginning_that_was_sent_before_is_found(server, client):
+    text = "The quick brown fox jumps over the lazy dog. " * 8
+    before = metric(server, "prefix_cache_queries_total"), metric(server, "prefix_cache_hits_total")
+    answers = [complete(client, text + word, extra_body={"cache_salt": salt} if salt else None)
+               for word, salt in (("One", None), ("Two", None), ("Two", None), ("Two", "mine"))]  # fmt: skip
+    prompt = answers[0].usage.prompt_tokens
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
+    full = (prompt - 1) // 16 * 16
+    assert cached[0] == 0 and cached[1:] == [full, full, 0]
+    assert answers[1].choices[0].text == answers[2].choices[0].text == answers[3].choices[0].text
+    assert metric(server, "prefix_cache_queries_total") - before[0] == 4 * prompt
+    assert metric(server, "prefix_cache_hits_total") - before[1] == sum(cached)
+
+
+def test_a_priority_is_refused_unless_the_server_schedules_by_it(client):
+    with pytest.raises(openai.BadRequestError, match="--scheduling-policy priority"):
+        complete(client, stream=True, extra_body={"priority": 1})
+
+
 def test_echo(client):
     assert complete(client, echo=True).choices[0].text.startswith("The capital of France is")
 
