@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.backend.kv_cache import KVCache
 from llmopt.backend.sampling import SamplingBatch
 from llmopt.weights.quantized import Weight
 
@@ -32,14 +33,6 @@ class PagedBatch:
     block_tables: Tensor
     slots: Tensor
     positions: Tensor
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """One layer's keys and values, each [blocks, block_size, kv_heads, head_dim]."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class Linear(ABC):
@@ -103,9 +96,9 @@ class Backend(ABC):
     dtype: torch.dtype  # of activations
 
     @property
-    def cache_dtype(self) -> torch.dtype:
-        """What keys and values are held in where nobody asks for another dtype."""
-        return self.dtype
+    def cache_kind(self) -> str:
+        """What keys and values are held in where nobody asks for another kind of cache."""
+        return str(self.dtype).removeprefix("torch.")
 
     @abstractmethod
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
@@ -119,8 +112,8 @@ class Backend(ABC):
         """Place an embedding table, float [vocabulary, hidden], on the device in the backend's dtype."""
 
     @abstractmethod
-    def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
-        """Allocate one layer's cache, its memory touched so that running out happens here and not under load."""
+    def kv_cache(self, kind: str, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVCache:
+        """Allocate one layer's cache of one of CACHE_DTYPES."""
 
     def fuse(self, parts: DecoderParts, blocks: int, block_size: int, cache_dtype: str) -> FusedDecoder | None:
         """One operation for a whole decoder, where the backend has one for all that it holds; None where not.

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmopt.backend.base import KVCache, Linear, PagedBatch
+from llmopt.backend.base import Linear, PagedBatch
+from llmopt.backend.kv_cache import KVCache
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.backend.sampling import SamplingBatch
 from llmopt.errors import InputError

@@ -47,8 +47,8 @@ class RoundedCpuBackend(CpuBackend):
     """
 
     @property
-    def cache_dtype(self) -> torch.dtype:
-        return torch.bfloat16
+    def cache_kind(self) -> str:
+        return "bfloat16"
 
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
         for weight in weights:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmopt.backend.kv_cache import CACHE_DTYPES
 from llmopt.errors import InputError
 from llmopt.kernels._cpu import LayerCache
 
-DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DTYPES = {kind: CACHE_DTYPES[kind] for kind in ("bfloat16", "int8", "fp8")}
 STEP = 16  # the kernels take 16 keys at a time, and 16 channels
 MOST_CHANNELS = 256
 
@@ -63,12 +64,6 @@ class PagedCache:
             keys *= self.key_scales[blocks].transpose(1, 2)[..., None]
             values *= self.value_scales[blocks].transpose(1, 2)[..., None]
         return keys.flatten(0, 1), values.flatten(0, 1)
-
-
-def bytes_per_token(kind: str, kv_heads: int, head_dim: int) -> int:
-    """Bytes that one token's keys and values take in one layer."""
-    scale = 4 if kind == "int8" else 0
-    return 2 * kv_heads * (head_dim * DTYPES[kind].itemsize + scale)
 
 
 def _checked_dtype(kind: str, block_size: int, head_dim: int) -> torch.dtype:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.backend import reference_sampling
-from llmopt.backend.base import Backend, KVCache, Linear, PagedBatch
+from llmopt.backend.base import Backend, Linear, PagedBatch
+from llmopt.backend.kv_cache import KVCache
 from llmopt.backend.sampling import SamplingBatch
 from llmopt.errors import InputError
 from llmopt.weights.numbers import FP8, LARGEST, rounded
@@ -74,10 +75,8 @@ class ReferenceBackend(Backend):
     def embedding(self, table: Tensor) -> Tensor:
         return table.to(self.device, self.dtype)
 
-    def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
-        shape = (blocks, block_size, kv_heads, head_dim)
-        # zero_ rather than torch.zeros: the latter leaves the pages untouched.
-        return KVCache(*(torch.empty(shape, dtype=dtype, device=self.device).zero_() for _ in range(2)))
+    def kv_cache(self, kind: str, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVCache:
+        return KVCache.allocate(kind, blocks, block_size, kv_heads, head_dim, self.device)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -94,8 +93,7 @@ class ReferenceBackend(Backend):
         return F.silu(gate) * up
 
     def write_kv(self, cache: KVCache, keys: Tensor, values: Tensor, batch: PagedBatch) -> None:
-        cache.keys.flatten(0, 1).index_copy_(0, batch.slots, keys.to(cache.keys.dtype))
-        cache.values.flatten(0, 1).index_copy_(0, batch.slots, values.to(cache.values.dtype))
+        cache.write(batch.slots, keys, values)
 
     def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scale: float, window: int | None) -> Tensor:
         starts = batch.query_starts
@@ -136,8 +134,7 @@ class ReferenceBackend(Backend):
         longest = int(context.max())
         blocks = -(-longest // cache.keys.shape[1])
         tables = batch.block_tables[sequences, :blocks].long()
-        keys = cache.keys[tables].flatten(1, 2)[:, :longest].transpose(1, 2).to(queries.dtype)
-        values = cache.values[tables].flatten(1, 2)[:, :longest].transpose(1, 2).to(queries.dtype)
+        keys, values = (found[:, :longest].transpose(1, 2) for found in cache.read(tables, queries.dtype))
         position = torch.arange(longest, device=queries.device)
         visible = position < context[:, None]
         if window is not None:
@@ -153,8 +150,7 @@ class ReferenceBackend(Backend):
         context, count = int(batch.context_lens[sequence]), queries.shape[0]
         blocks = -(-context // cache.keys.shape[1])
         table = batch.block_tables[sequence, :blocks].long()
-        keys = cache.keys[table].flatten(0, 1)[:context].transpose(0, 1).to(queries.dtype)
-        values = cache.values[table].flatten(0, 1)[:context].transpose(0, 1).to(queries.dtype)
+        keys, values = (found[:context].transpose(0, 1) for found in cache.read(table, queries.dtype))
         mask = causal_mask(count, context, window, queries.device)
         out = F.scaled_dot_product_attention(
             queries.transpose(0, 1)[None], keys[None], values[None], mask, scale=scale, enable_gqa=True

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmopt.cli import console
-from llmopt.engine.config import BackendName, DeviceName, DTypeName
+from llmopt.engine.config import BackendName, DeviceName, DTypeName, KVCacheDTypeName
 from llmopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def bench(
     device: Annotated[DeviceName, _here(help="Where it computes.")] = "auto",
     threads: Annotated[int | None, _here(help="CPU threads; by default one a core.")] = None,
     dtype: Annotated[DTypeName, _here(help="Of activations.")] = "auto",
-    kv_cache_dtype: Annotated[DTypeName, _here(help="Of the KV cache; auto is the same as --dtype.")] = "auto",
+    kv_cache_dtype: Annotated[KVCacheDTypeName, _here(help="Of the KV cache; auto is as the activations.")] = "auto",
     kv_cache_memory_bytes: Annotated[int | None, _here(help="Size of the KV cache.")] = None,
     max_num_batched_tokens: Annotated[int, _here(help="Tokens computed in one step, at most.")] = 2048,
     base_url: Annotated[

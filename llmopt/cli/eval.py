@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmopt.cli import console
-from llmopt.engine.config import BackendName, DeviceName, DTypeName
+from llmopt.engine.config import BackendName, DeviceName, DTypeName, KVCacheDTypeName
 from llmopt.errors import InputError
 
 _MODEL = "A folder, a .gguf file, a hub id, or smollm2"
@@ -45,6 +45,9 @@ def evaluate(
             help="Of MODEL's activations: float32 measures what the artifact holds, auto what serve makes of it."
         ),
     ] = "float32",
+    kv_cache_dtype: Annotated[
+        KVCacheDTypeName, typer.Option(help="Of MODEL's KV cache; auto is as the activations.")
+    ] = "auto",
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
     ] = None,
@@ -70,6 +73,7 @@ def evaluate(
             backend=backend,
             device=device,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             progress=progress,
         )

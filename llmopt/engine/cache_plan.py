@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 
 import psutil
-import torch
 
+from llmopt.backend.kv_cache import bytes_per_token
 from llmopt.engine.config import EngineConfig
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
@@ -26,8 +26,8 @@ class CachePlan:
     max_model_len: int
 
 
-def plan_cache(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> CachePlan:
-    """Settle the block pool's size and the longest request.
+def plan_cache(config: EngineConfig, model: ModelConfig, kind: str) -> CachePlan:
+    """Settle the block pool's size and the longest request, for one of CACHE_DTYPES.
 
     Raises InputError where a length or size was asked for that does not go with the model or with each other.
     """
@@ -36,8 +36,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> 
             f"max_model_len {config.max_model_len} is more than the {model.max_position} tokens the model was made for"
         )
     length = config.max_model_len or model.max_position
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-    block_bytes = token_bytes * config.block_size
+    block_bytes = config.block_size * model.num_layers * bytes_per_token(kind, model.num_kv_heads, model.head_dim)
     wanted = config.max_num_seqs * -(-length // config.block_size)
     if config.kv_cache_memory_bytes is None:
         budget = min(LARGEST_DEFAULT, psutil.virtual_memory().available // SHARE_OF_FREE_MEMORY)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from llmopt.backend.base import KVCache
-from llmopt.backend.select import DTYPES, select_backend
+from llmopt.backend.kv_cache import KVCache
+from llmopt.backend.select import select_backend
 from llmopt.engine.batch import Batch
 from llmopt.engine.cache_plan import plan_cache
 from llmopt.engine.config import EngineConfig
@@ -23,22 +23,22 @@ class Runner:
     def __init__(self, source: ModelSource, config: EngineConfig, progress: Progress = silent) -> None:
         self.backend = select_backend(config.backend, config.device, config.dtype, config.threads)
         self.config = source.config
-        self.plan = plan_cache(config, self.config, self._cache_dtype(config, self.backend.cache_dtype))
+        self.plan = plan_cache(config, self.config, self._cache_kind(config, self.backend.cache_kind))
         with torch.inference_mode():
             self.decoder = Decoder(source, self.backend, progress)
             self.fused = self.decoder.fuse(self.plan.blocks, config.block_size, config.kv_cache_dtype)
             self.caches = [] if self.fused else self._allocate(config)
 
     def _allocate(self, config: EngineConfig) -> list[KVCache]:
-        """A cache for each layer that the operations called one by one work on, in the dtype of activations."""
-        dtype = self._cache_dtype(config, self.backend.dtype)
-        self.plan = plan_cache(config, self.config, dtype)
+        """A cache for each layer that the operations called one by one work on; auto is the dtype of activations."""
+        kind = self._cache_kind(config, str(self.backend.dtype).removeprefix("torch."))
+        self.plan = plan_cache(config, self.config, kind)
         shape = (self.plan.blocks, config.block_size, self.config.num_kv_heads, self.config.head_dim)
-        return [self.backend.kv_cache(*shape, dtype) for _ in range(self.config.num_layers)]
+        return [self.backend.kv_cache(kind, *shape) for _ in range(self.config.num_layers)]
 
     @staticmethod
-    def _cache_dtype(config: EngineConfig, default: torch.dtype) -> torch.dtype:
-        return DTYPES.get(config.kv_cache_dtype, default)
+    def _cache_kind(config: EngineConfig, default: str) -> str:
+        return default if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmopt.engine.config import BackendName, DeviceName, DTypeName, EngineConfig
+from llmopt.engine.config import BackendName, DeviceName, DTypeName, EngineConfig, KVCacheDTypeName
 from llmopt.engine.scoring import Scorer
 from llmopt.errors import InputError
 from llmopt.evaluate.divergence import Comparison, compare, log_likelihoods
@@ -32,6 +32,7 @@ def evaluate(
     backend: BackendName = "auto",
     device: DeviceName = "auto",
     dtype: DTypeName = "float32",
+    kv_cache_dtype: KVCacheDTypeName = "auto",
     threads: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def evaluate(
         model, reference: named as on the command line. The reference always runs in float32 on the backend
             `reference`, which is the truth; the other settings are the model's.
         dtype: of the model's activations; float32 measures what the artifact holds, auto what an engine makes of it.
+        kv_cache_dtype: of the model's keys and values; auto is as the activations, int8 or fp8 measures what it costs.
         text: a UTF-8 file; None for the built-in text.
         ctx: tokens in a window.
         windows: how many windows.
@@ -60,7 +62,7 @@ def evaluate(
     if reference is not None:
         _require_same_tokens(load_tokenizer(reference), content, cut)
     shared: dict[str, Any] = {"device": device, "threads": threads, "max_model_len": ctx}
-    scorer = Scorer(EngineConfig(model=model, backend=backend, dtype=dtype, **shared))
+    scorer = Scorer(EngineConfig(model=model, backend=backend, dtype=dtype, kv_cache_dtype=kv_cache_dtype, **shared))
     if reference is None:
         measured = _Measured(nll=_score(scorer, cut, progress))
     else:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt.backend.base import Backend, DecoderParts, FusedDecoder, KVCache, LayerParts, PagedBatch
+from llmopt.backend.base import Backend, DecoderParts, FusedDecoder, LayerParts, PagedBatch
+from llmopt.backend.kv_cache import KVCache
 from llmopt.model import rope
 from llmopt.model.config import ModelConfig
 from llmopt.model.source import ModelSource, as_dense, layer_name

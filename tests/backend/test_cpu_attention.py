@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmopt.backend.base import KVCache, PagedBatch
+from llmopt.backend.base import PagedBatch
+from llmopt.backend.kv_cache import KVCache
 from llmopt.backend.reference import ReferenceBackend
 
 _cpu = pytest.importorskip("llmopt.kernels._cpu", reason="the compiled kernels are not built")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmopt.backend.kv_cache import bytes_per_token
 from llmopt.backend.reference import ReferenceBackend, causal_mask
 from llmopt.errors import InputError
 
@@ -337,7 +338,7 @@ def test_bytes_per_token(kind) -> None:
     cache = paged.PagedCache.allocate(kind, blocks=5, block_size=32, kv_heads=3, head_dim=48)
     tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
     held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    assert held == 5 * 32 * paged.bytes_per_token(kind, kv_heads=3, head_dim=48)
+    assert held == 5 * 32 * bytes_per_token(kind, kv_heads=3, head_dim=48)
     assert cache.kind == kind
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from llmopt.backend.kv_cache import CACHE_DTYPES, KVCache
 from llmopt.cli.main import main
 
 
@@ -98,6 +99,16 @@ def test_a_grid_in_this_process(monkeypatch, tmp_path, tiny_model):
         (4, 1), (4, 3), (8, 1), (8, 3), (12, 1), (12, 3),
     ]  # fmt: skip
     assert sum(run["phase"] == "decode" for run in runs) == 3
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_cache_is_of_the_kind_that_was_asked_for(kind, monkeypatch, tmp_path, tiny_model):
+    made = []
+    allocate = KVCache.allocate
+    monkeypatch.setattr(KVCache, "allocate", lambda *shape: made.append(allocate(*shape)) or made[-1])
+    words = ("-p", "4", "-n", "2", "--repeats", 1, "--backend", "reference", "--kv-cache-dtype", kind)
+    assert llmopt(monkeypatch, "bench", tiny_model("llama")[0], *words) == 0
+    assert [cache.keys.dtype for cache in made] == [CACHE_DTYPES[kind]] * 3
 
 
 URL = ("--base-url", "http://127.0.0.1:1", "--model", "m")

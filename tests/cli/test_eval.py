@@ -42,6 +42,15 @@ def test_the_result_is_shown_and_written(folder, monkeypatch, tmp_path, capsys):
     assert "top-1 agreement" in shown and "3 windows of 24 tokens" in shown
 
 
+def test_a_coarser_cache_is_measured(folder, monkeypatch, tmp_path):
+    divergences = []
+    for kind in ("float32", "int8", "fp8"):
+        words = ("--reference", folder, *SMALL, "--kv-cache-dtype", kind, "--json", tmp_path / "eval.json")
+        assert llmopt(monkeypatch, "eval", folder, *words) == 0
+        divergences.append(json.loads((tmp_path / "eval.json").read_text())["divergence"]["mean_kl"])
+    assert divergences[0] < 1e-9 < divergences[1] < divergences[2] < 0.1
+
+
 def test_the_exit_status_follows_the_gates(folder, monkeypatch, tmp_path, capsys):
     out = tmp_path / "eval.json"
     assert llmopt(monkeypatch, "eval", folder, *SMALL, "--json", out) == 0

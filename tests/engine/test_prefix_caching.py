@@ -72,6 +72,22 @@ def test_the_same_tokens_with_and_without_caching(family, options, tiny_model) -
         assert again == sum((len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in work.values())
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "fp8"])
+def test_the_same_tokens_from_a_cache_of_any_kind(kind, tiny_model) -> None:
+    """Over the compiled kernels, whose results are the same to the bit however tokens are cut into steps."""
+    pytest.importorskip("llmopt.kernels._cpu")
+    folder, work = tiny_model("llama")[0], prompts(8)
+    options = {"backend": "cpu", "kv_cache_dtype": kind}
+    expected = generate(make_engine(folder, enable_prefix_caching=False, **options), work)
+    blocks = make_engine(folder, **options).runner.plan.block_bytes * 13
+    for settings in ({}, {"max_num_batched_tokens": 24}, {"kv_cache_memory_bytes": blocks}):
+        caching = make_engine(folder, **options, **settings)
+        assert caching.runner.fused is not None
+        assert generate(caching, work) == expected
+        assert caching.stats().prefix_cache_hits > 0
+        assert (caching.stats().preemptions > 0) == ("kv_cache_memory_bytes" in settings)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])
 def test_the_same_tokens_after_preemptions(family, options, tiny_model) -> None:
     folder, work = tiny_model(family)[0], prompts(8)
