@@ -17,7 +17,6 @@ What is promised to requests, as long as each of them ends some time:
 
 from bisect import insort
 from dataclasses import dataclass
-from itertools import count, islice
 
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
@@ -68,10 +67,11 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = self.queried = self.found = 0
-        self._arrivals = count()
+        self._arrivals = 0
 
     def add(self, request: Request) -> None:
-        request.arrival = next(self._arrivals)
+        self._arrivals += 1
+        request.arrival = self._arrivals
         if self.keys is not None:
             self.keys.catch_up(request)
         insort(self.waiting, request, key=_rank)
@@ -150,8 +150,9 @@ class Scheduler:
         anyway, in place of an operation on every backend that copies a block before it is written.
         """
         full = 0 if request.skip_reading_prefix_cache else (request.known - 1) // self.pool.block_size
-        found = self.pool.find(islice(request.keys, full))
-        if len(found) < full and self._is_under_way(request, len(found)):
+        wanted = request.keys[:full]
+        found = self.pool.find(wanted)
+        if len(found) < len(wanted) and self._is_under_way(request, len(found)):
             return False
         spare = len(self.running) + 1 if request.preemptions and self.running else 0
         if not self.pool.grow(request.blocks, request.known, found, spare):
@@ -164,14 +165,11 @@ class Scheduler:
         return True
 
     def _is_under_way(self, request: Request, place: int) -> bool:
-        """Whether a running request that ranks before this one is going to compute this block of it.
-
-        A running request computes all its known tokens. So one that has the key of a block which is not in the cache
-        has yet to compute it.
-        """
-        key = request.keys[place : place + 1]
-        return bool(key) and any(
-            other.keys[place : place + 1] == key and other.rank < request.rank for other in self.running
+        """Whether a running request that ranks before this one is going to compute the same block at this place."""
+        key, end = request.keys[place], (place + 1) * self.pool.block_size
+        return any(
+            other.computed < end and len(other.keys) > place and other.keys[place] == key and other.rank < request.rank
+            for other in self.running
         )
 
     def _count_found(self, request: Request) -> None:

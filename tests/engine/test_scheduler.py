@@ -281,6 +281,23 @@ def test_nobody_waits_for_a_prefix_of_one_that_ranks_behind() -> None:
     assert counts(run_step(scheduler)) == [("behind", 8, 5), ("before", 8, 5)]
 
 
+def test_nobody_waits_for_what_has_been_computed_and_cannot_be_found() -> None:
+    """The last block of a prompt that ends with it is computed although it is there, and then stands there twice."""
+    scheduler = make_scheduler(blocks=4, budget=100, caching=True)
+    first = make_request("first", 4)
+    scheduler.add(first)
+    run_step(scheduler)
+    scheduler.remove(first)
+    scheduler.add(make_request("second", 4))
+    run_step(scheduler)
+    filler = Request("filler", [99] * 8, SamplingParams(), 0)  # takes the place of the first's block
+    scheduler.add(filler)
+    run_step(scheduler)
+    scheduler.remove(filler)
+    scheduler.add(make_request("third", 6))
+    assert ("third", 0, 6) in counts(run_step(scheduler))
+
+
 def test_the_last_token_is_always_computed() -> None:
     scheduler = make_scheduler(blocks=40, budget=100, caching=True)
     for name in "ab":
