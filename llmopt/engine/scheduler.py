@@ -160,8 +160,10 @@ class Scheduler:
         request.computed = len(found) * self.pool.block_size
         self.waiting.remove(request)
         insort(self.running, request, key=_rank)
-        if not request.preemptions:
-            self._count_found(request)
+        if self.keys is not None and not (request.preemptions or request.skip_reading_prefix_cache):
+            request.cached_tokens = request.computed
+            self.queried += request.known
+            self.found += request.computed
         return True
 
     def _is_under_way(self, request: Request, place: int) -> bool:
@@ -171,12 +173,6 @@ class Scheduler:
             other.computed < end and len(other.keys) > place and other.keys[place] == key and other.rank < request.rank
             for other in self.running
         )
-
-    def _count_found(self, request: Request) -> None:
-        if self.keys is not None:
-            request.cached_tokens = request.computed
-            self.queried += request.known
-            self.found += request.computed
 
     def _name_blocks(self, chunk: Chunk, keys: BlockKeys) -> None:
         """Let the blocks that a chunk has filled be found."""

@@ -132,6 +132,17 @@ def test_a_conversation_finds_its_own_answers(options, tiny_model) -> None:
         history += [*result.outputs[0].token_ids, *range(70, 75)]
 
 
+def test_what_is_to_be_reported_of_a_prompt_is_computed_and_then_found_by_others(options, tiny_model) -> None:
+    llm = LLM(str(tiny_model("llama")[0]), max_num_seqs=4, **options)
+    params = SamplingParams(n=2, temperature=0, max_tokens=4, prompt_logprobs=0, ignore_eos=True)
+    first, again = (llm.generate([SYSTEM], params)[0] for _ in range(2))
+    assert first.num_cached_tokens == again.num_cached_tokens == 0
+    assert len(first.prompt_logprobs) == len(SYSTEM)
+    assert first.prompt_logprobs == again.prompt_logprobs
+    stats = llm.engine.stats()
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (2 * len(SYSTEM), 2 * 48), "the second samples'"
+
+
 def test_only_the_same_salt_finds(tiny_model) -> None:
     llm = LLM(str(tiny_model("llama")[0]), max_num_seqs=4)
     found = [
