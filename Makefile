@@ -51,7 +51,7 @@ peers: $(READY)  ## Make the environments of the programs that we compare with a
 interop: $(READY)  ## Let those programs read our artifacts, and compare what they compute with what we do
 	$(BIN)/python tests/interop/matrix.py
 
-bench-peers: $(READY)  ## Measure llmopt against llama.cpp and vLLM; about 12 minutes. ARGS="--help" tells more
+bench-peers: $(READY)  ## Measure llmopt against llama.cpp and vLLM; about 40 minutes. ARGS="--help" tells more
 	$(BIN)/python tests/interop/bench_peers.py $(ARGS)
 
 soak-resume: $(READY)  ## Kill a quantization of SmolLM2 ten times, resume it, compare; about 10 minutes

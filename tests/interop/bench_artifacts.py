@@ -7,6 +7,7 @@ vLLM's is a plain checkpoint in bfloat16.
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,20 @@ _OURS = {
 
 def run(command: list[str], **options: Any) -> str:
     """What a command writes on standard output. Raises LlmoptError with the command and its last words."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
+    except subprocess.TimeoutExpired as error:
+        raise LlmoptError(f"{' '.join(command)} was not done within {error.timeout} s") from None
     if done.returncode != 0:
         raise LlmoptError(
             f"{' '.join(command)} failed with status {done.returncode}: ...{(done.stderr or done.stdout)[-_SHOWN:]}"
         )
     return done.stdout
+
+
+def flags(values: Mapping[str, int | float | str | Path]) -> list[str]:
+    """Options of a command and their values, one after the other."""
+    return [str(part) for option in values.items() for part in option]
 
 
 def our_artifact(engine: str) -> Path:

@@ -1,14 +1,16 @@
-"""Measures llmopt against llama.cpp and vLLM on this machine: `make bench-peers`.
+"""Measures llmopt against llama.cpp and vLLM on this machine, engines and servers: `make bench-peers`.
 
     python tests/interop/bench_peers.py [--rounds N] [--only PART]... [--artifact ENGINE=PATH]... [--qwen FILE]
 
-PART is part of MODEL/CASE/ENGINE, such as decode-1/vllm. Writes build/bench-peers.json: {version, rounds, seconds,
-machine, busy_elsewhere, engines, rows, speeds, failures}, with speeds in tokens per second, and prints the rows as a
-Markdown table. Exit status 3 says that a measurement failed.
+PART is part of MODEL/CASE/ENGINE, such as decode-1/vllm, or http for all servers. Writes build/bench-peers.json:
+{version, rounds, seconds, machine, busy_elsewhere, engines, rows, speeds, failed_requests, failures}, with speeds in
+tokens per second, and prints the rows as a Markdown table. Exit status 3 says that a measurement failed; a row says how
+many requests did.
 """
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,11 +20,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_artifacts import WORK, bfloat16_folder, describe, llama_cpp_gguf, our_artifact
-from bench_engines import THREADS, open_engine
+from bench_artifacts import WORK, describe
+from bench_clients import CLIENTS, VLLM_CLIENT
+from bench_engines import THREADS
+from bench_programs import file_name, make_file, open_engine, prepare
 from bench_rows import Case, Row, markdown, row_result
 from bench_turns import Measurement, Turns, name_of
-from environments import PEERS, make
+from environments import PEERS, VLLM, make
 
 from llmopt.bench.machine import describe_machine
 from llmopt.errors import InputError, LlmoptError
@@ -31,8 +35,9 @@ OUTPUT = PEERS.parent / "bench-peers.json"
 VERSION = 1
 SMALL, LARGE = "SmolLM2-135M", "Qwen2.5-Coder-1.5B"
 PREFILL = Case(1, 512, 0)
-VLLM = "vllm-bf16"
-ANY_WIDTH = ("llama.cpp-Q4_0", "llama.cpp-Q4_K_M", "llama.cpp-Q8_0", VLLM)
+HTTP = [Case(16, 128, 64, client) for client in CLIENTS]
+ANY_WIDTH = ("llama.cpp-Q4_0", "llama.cpp-Q4_K_M", "llama.cpp-Q8_0", "vllm-bf16")
+SERVERS = ("llama-server-Q4_0", "vllm-serve-bf16")
 SMALL_ROWS = [
     Row(SMALL, case, ours, ANY_WIDTH, "any width")
     for case in (Case(1, 128, 128), Case(16, 128, 128), Case(32, 128, 128), PREFILL)
@@ -40,6 +45,22 @@ SMALL_ROWS = [
 ] + [
     Row(SMALL, PREFILL, "llmopt-w8a8", ("llama.cpp-Q8_0",), "8 bits"),
     Row(SMALL, PREFILL, "llmopt-w8a8", ANY_WIDTH, "any width"),
+]
+HTTP_ROWS = [
+    row
+    for case in HTTP
+    for kind in ("q4_0", "gptq")
+    for row in (
+        Row(SMALL, case, f"llmopt-serve-{kind}", SERVERS, "any width"),
+        Row(
+            SMALL,
+            case,
+            f"llmopt-serve-{kind}",
+            (f"llmopt-in-process-{kind}",),
+            f"the same in process, client {case.client}",
+            title=f"http-{case.batch}/of-in-process",
+        ),
+    )
 ]
 LARGE_ROWS = [
     Row(LARGE, case, "llmopt-Q4_K_M", ("llama.cpp-Q4_K_M",), "the same file")
@@ -49,7 +70,8 @@ LARGE_ROWS = [
 
 def main() -> int:
     options = _options()
-    rows = SMALL_ROWS + (LARGE_ROWS if options.qwen else [])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(LlmoptError.exit_status))  # not without stopping servers
+    rows = SMALL_ROWS + HTTP_ROWS + (LARGE_ROWS if options.qwen else [])
     wanted = chosen(rows, options.only)
     if not wanted:
         raise InputError(f"nothing is like {options.only}; there are {', '.join(map(name_of, chosen(rows, [])))}")
@@ -80,14 +102,14 @@ def _options() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="ENGINE=PATH",
-        help=f"run this in place of an engine's own artifact of {SMALL}, such as llmopt-gptq=out/gptq",
+        help=f"what to run of {SMALL} in place of what is made for it, such as llmopt-gptq=out/gptq, served or not",
     )
     parser.add_argument("--qwen", type=Path, metavar="FILE", help=f"also compare on this Q4_K_M GGUF of {LARGE}")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     options.artifact = {engine: Path(path) for engine, _, path in (entry.partition("=") for entry in options.artifact)}
-    if not options.artifact.keys() <= {engine for row in SMALL_ROWS for engine in (row.llmopt, *row.peers)}:
+    if not options.artifact.keys() <= {file_name(engine) for row in SMALL_ROWS for engine in (row.llmopt, *row.peers)}:
         parser.error("--artifact takes ENGINE=PATH; engines are those of the table, such as llmopt-gptq")
     return options
 
@@ -103,18 +125,14 @@ def make_artifacts(
 ) -> dict[tuple[str, str], Path]:
     """What each engine runs, by model and engine. Makes what is missing, and the peers' environments."""
     artifacts: dict[tuple[str, str], Path] = {}
+    if any(case.client == VLLM_CLIENT for _, case, _ in wanted):
+        make(VLLM)
     for model, engine in dict.fromkeys((model, engine) for model, _, engine in wanted):
-        program, _, kind = engine.partition("-")
-        if program != "llmopt":
-            make(program)
+        prepare(engine)
         if model == LARGE and qwen is not None:
             artifacts[model, engine] = qwen
-        elif engine in given:
-            artifacts[model, engine] = given[engine]
-        elif program == "llmopt":
-            artifacts[model, engine] = our_artifact(engine)
         else:
-            artifacts[model, engine] = bfloat16_folder() if program == "vllm" else llama_cpp_gguf(kind)
+            artifacts[model, engine] = given.get(file_name(engine)) or make_file(engine)
     return artifacts
 
 
@@ -136,7 +154,12 @@ def results(
             for (model, engine), what in described.items()
         ],
         "rows": [row for row in made if row is not None],
-        "speeds": {name_of(each): speeds for each, speeds in turns.speeds.items()},
+        "speeds": {name_of(each): [turn.tokens_per_s for turn in taken] for each, taken in turns.speeds.items()},
+        "failed_requests": {
+            name_of(each): [dict(turn.failed) for turn in taken]
+            for each, taken in turns.speeds.items()
+            if any(turn.failures for turn in taken)
+        },
         "failures": {name_of(each): problem for each, problem in turns.failures.items()},
     }
 

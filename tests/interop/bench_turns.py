@@ -7,7 +7,7 @@ from statistics import mean
 
 import psutil
 from bench_engines import Engine
-from bench_rows import Case
+from bench_rows import Case, Speed
 
 from llmopt.errors import LlmoptError
 
@@ -32,7 +32,7 @@ class Turns:
     """Measures everything once a round, in the order given.
 
     Attributes:
-        speeds: tokens per second of each round.
+        speeds: what each round showed.
         failures: what went wrong; a measurement that failed is not tried again.
         busy_elsewhere: percent of the processor that other processes used just before each measurement.
     """
@@ -41,7 +41,7 @@ class Turns:
         self.engines = engines
         self.wanted = wanted
         self.rounds_left = rounds
-        self.speeds: dict[Measurement, list[float]] = {each: [] for each in wanted}
+        self.speeds: dict[Measurement, list[Speed]] = {each: [] for each in wanted}
         self.failures: dict[Measurement, str] = {}
         self.busy_elsewhere: list[float] = []
         self._seconds: dict[Measurement, list[float]] = {}
@@ -60,10 +60,13 @@ class Turns:
         self.busy_elsewhere.append(psutil.cpu_percent(WITNESS_SECONDS))
         start = time.perf_counter()
         try:
-            speed = self.engines[model, engine].tokens_per_s(case)
+            speed = self.engines[model, engine].measure(case)
         except LlmoptError as error:
             self.failures[measurement] = str(error)
             return str(error)
         self.speeds[measurement].append(speed)
         self._seconds.setdefault(measurement, []).append(time.perf_counter() - start)
-        return f"{speed:,.1f} tokens/s, others used {self.busy_elsewhere[-1]:.0f}% of the processor"
+        failed = f"{speed.failures} of {speed.requests} requests failed, " if speed.failures else ""
+        return (
+            f"{speed.tokens_per_s:,.1f} tokens/s, {failed}others used {self.busy_elsewhere[-1]:.0f}% of the processor"
+        )

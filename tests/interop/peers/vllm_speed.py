@@ -4,7 +4,8 @@
 
 Reads {batch, prompt_len, gen_len, repeats} and answers [[prefill_s, decode_s, decode_tokens], ...], one a repeat, by
 the definition of llmopt's own benchmark: prefill ends when the last request of the batch has its first token, decode
-when all have gen_len. The first line that it writes, {}, says that the model is loaded.
+when all have gen_len. The first line that it writes, {threads}, says that the model is loaded, and with how many
+threads it is computed.
 """
 
 import json
@@ -13,6 +14,7 @@ import random
 import sys
 import time
 
+import torch
 from vllm import LLM, LLMEngine, SamplingParams
 
 WARM_UP_TOKENS = 4
@@ -31,7 +33,7 @@ def main() -> None:
         max_num_batched_tokens=4096,  # 32 prompts of 128 tokens at once
         enable_prefix_caching=False,
     )
-    print("{}", file=answers, flush=True)
+    print(json.dumps({"threads": torch.get_num_threads()}), file=answers, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
         shape = case["batch"], case["prompt_len"]
