@@ -70,7 +70,7 @@ LARGE_ROWS = [
 
 def main() -> int:
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(LlmoptError.exit_status))  # not without stopping servers
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # not without stopping the server
     rows = SMALL_ROWS + HTTP_ROWS + (LARGE_ROWS if options.qwen else [])
     wanted = chosen(rows, options.only)
     if not wanted:
