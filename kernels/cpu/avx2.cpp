@@ -67,6 +67,11 @@ inline Words look_up(const uint16_t* table, Words indices) {
   return reinterpret_cast<Words>(_mm256_shuffle_epi8(entries, reinterpret_cast<__m256i>(bytes)));
 }
 
+inline Words look_up_bytes(const uint8_t* table, Words indices) {
+  const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return reinterpret_cast<Words>(_mm256_shuffle_epi8(entries, reinterpret_cast<__m256i>(indices)));
+}
+
 inline Ints dot_int16(Ints sum, Words a, Words b) {
   return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }

@@ -46,6 +46,11 @@ inline Words look_up(const uint16_t* table, Words indices) {
   return reinterpret_cast<Words>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(indices), entries));
 }
 
+inline Words look_up_bytes(const uint8_t* table, Words indices) {
+  const __m512i entries = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return reinterpret_cast<Words>(_mm512_shuffle_epi8(entries, reinterpret_cast<__m512i>(indices)));
+}
+
 #if defined(__AVX512VNNI__)
 
 inline Ints dot_int16(Ints sum, Words a, Words b) {

@@ -50,17 +50,7 @@ inline Element largest_of(Vector value) {
   }
 }
 
-// The bits of a magnitude, which grow with it. A NaN has more than any number, so that the largest of them shows it.
 inline Words magnitude_bits(Floats value) { return reinterpret_cast<Words>(value) & 0x7fffffff; }
-
-inline float largest_magnitude(const float* x, int64_t count) {
-  Words largest{};
-  for (int64_t i = 0; i < count; i += kLanes) largest = larger(magnitude_bits(load<Floats>(x + i)), largest);
-  const uint32_t bits = largest_of<uint32_t, kLanes>(largest);
-  float magnitude;
-  std::memcpy(&magnitude, &bits, sizeof magnitude);
-  return magnitude;
-}
 
 // The nearest integers, halves to even: so large a number has no fraction left, and its lowest bits are the integer.
 inline Words rounded_bits(Floats value) { return reinterpret_cast<Words>(value + 0x1.8p23F); }
@@ -111,18 +101,11 @@ inline float encode_fp8(const float* x, int64_t count, uint8_t* codes) {
   return 1.0F;
 }
 
-// Expands `count` pairs of fp8, a multiple of 16, to bfloat16, which holds every e4m3 number.
+// Expands `count` pairs of fp8, a multiple of 16, to bfloat16.
 inline void expand_fp8(const char* codes, int64_t count, char* to) {
-  typedef uint16_t Numbers __attribute__((vector_size(kVectorBytes)));
-  static constexpr uint16_t kTiny[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Numbers code = reinterpret_cast<Numbers>(widen_uint8(codes + 2 * i)), magnitude = code & 0x7f;
-    // Seven bits moved to the place of bfloat16's exponent and mantissa lack 120 in the exponent. The numbers without
-    // a leading one, 0 to 7 times 2^-9, come from a table.
-    const Numbers tiny = reinterpret_cast<Numbers>(look_up(kTiny, reinterpret_cast<Words>(magnitude)));
-    Numbers value = magnitude < 8 ? tiny : (magnitude << 4) + 0x3c00;
-    value = magnitude == 0x7f ? Numbers{} + 0x7fc0 : value;  // not a number
-    value |= (code & 0x80) << 8;
+    const Numbers magnitude = reinterpret_cast<Numbers>(widen_uint8(codes + 2 * i)) & 0x7f;
+    const Numbers value = magnitude == 0x7f ? Numbers{} + 0x7fc0 : fp8_pairs(codes + 2 * i);  // NaN has a code
     std::memcpy(to + 4 * i, &value, sizeof value);
   }
 }

@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,9 +16,10 @@ namespace llmopt {
 namespace {
 
 using Floats2 = Array<float, 2>;
-using Bytes2 = Array<int8_t, 2>;
+// int8: small integers; uint8: e4m3 numbers
+using Bytes2 = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-// Scales or minimums: floats [out, groups], or small integers [out, groups] with factors [out, runs].
+// Scales or minimums: floats [out, groups], or with bytes [out, groups] their factors [out, runs].
 NumbersInput numbers_of(const std::optional<Floats2>& floats, const std::optional<Bytes2>& bytes, int64_t out,
                         int64_t groups, const char* what) {
   if (!floats) return {};
@@ -25,16 +27,19 @@ NumbersInput numbers_of(const std::optional<Floats2>& floats, const std::optiona
   check(static_cast<int64_t>(floats->shape(0)) == out && columns > 0 && groups % columns == 0, what);
   if (!bytes) {
     check(columns == groups, what);
-    return {floats->data(), nullptr, nullptr, 0};
+    return {floats->data(), nullptr, nullptr, nullptr, 0};
   }
   check(static_cast<int64_t>(bytes->shape(0)) == out && static_cast<int64_t>(bytes->shape(1)) == groups, what);
-  return {nullptr, bytes->data(), floats->data(), columns};
+  const bool fp8 = bytes->dtype() == nb::dtype<uint8_t>();
+  check(fp8 || bytes->dtype() == nb::dtype<int8_t>(), "bytes must be int8, or uint8 for e4m3 numbers");
+  return {nullptr, fp8 ? nullptr : static_cast<const int8_t*>(bytes->data()),
+          fp8 ? static_cast<const uint8_t*>(bytes->data()) : nullptr, floats->data(), columns};
 }
 
 void pack_integers(IntegerWeight* self, Multiplier& multiplier, Array<uint8_t, 2> codes, int64_t groups, Floats2 scales,
                    std::optional<Bytes2> scale_bytes, std::optional<Array<uint8_t, 2>> zeros,
                    std::optional<Floats2> minimums, std::optional<Bytes2> minimum_bytes,
-                   std::optional<Array<float, 1>> bias, std::optional<Array<int32_t, 1>> order, int bits,
+                   std::optional<Array<float, 1>> bias, std::optional<Array<int32_t, 1>> order, int bits, bool fp4,
                    bool whole_rows) {
   const auto out = static_cast<int64_t>(codes.shape(0)), in = static_cast<int64_t>(codes.shape(1));
   const auto packed_in = order ? static_cast<int64_t>(order->shape(0)) : in;
@@ -45,6 +50,7 @@ void pack_integers(IntegerWeight* self, Multiplier& multiplier, Array<uint8_t, 2
         "zeros must be [out, groups]");
   check(!(zeros && minimums), "a weight has zeros or minimums");
   check(!bias || static_cast<int64_t>(bias->shape(0)) == out, "bias must be [out]");
+  check(!fp4 || (bits == 4 && !zeros && !minimums), "FP4 has 4 bits, no zeros and no minimums");
   check(!whole_rows || groups == 1, "one scale for each row of activations needs one group a row");
   if (order) check_order(*order, in);
   new (self) IntegerWeight(
@@ -53,7 +59,7 @@ void pack_integers(IntegerWeight* self, Multiplier& multiplier, Array<uint8_t, 2
        numbers_of(scales, scale_bytes, out, groups, "scales must be [out, groups], or [out, runs] with bytes"),
        numbers_of(minimums, minimum_bytes, out, groups, "minimums must be [out, groups], or [out, runs] with bytes"),
        zeros ? zeros->data() : nullptr, bias ? bias->data() : nullptr, order ? order->data() : nullptr, out, in,
-       packed_in, groups, bits, whole_rows});
+       packed_in, groups, bits, fp4, whole_rows});
 }
 
 void pack_dense(DenseWeight* self, Array<uint16_t, 2> values, bool bfloat16, std::optional<Array<float, 1>> bias) {
@@ -61,6 +67,17 @@ void pack_dense(DenseWeight* self, Array<uint16_t, 2> values, bool bfloat16, std
   check(!bias || static_cast<int64_t>(bias->shape(0)) == out, "bias must be [out]");
   check(!bfloat16 || in % 2 == 0, "bfloat16 weights need an even number of inputs");
   new (self) DenseWeight(values.data(), bfloat16, bias ? bias->data() : nullptr, out, in);
+}
+
+void pack_fp8(DenseWeight* self, Array<uint8_t, 2> codes, Array<float, 1> scales, bool rows_in_fp8,
+              std::optional<Array<float, 1>> bias) {
+  const auto out = static_cast<int64_t>(codes.shape(0)), in = static_cast<int64_t>(codes.shape(1));
+  check(static_cast<int64_t>(scales.shape(0)) == out, "scales must be [out]");
+  check(!bias || static_cast<int64_t>(bias->shape(0)) == out, "bias must be [out]");
+  check(in % 2 == 0, "FP8 weights need an even number of inputs");
+  check(std::none_of(codes.data(), codes.data() + out * in, [](uint8_t code) { return (code & 0x7F) == 0x7F; }),
+        "FP8 weights must be finite");
+  new (self) DenseWeight({codes.data(), scales.data(), rows_in_fp8}, bias ? bias->data() : nullptr, out, in);
 }
 
 Part part_of(nb::handle weight) {
@@ -146,13 +163,14 @@ void bind_decoder(nb::module_& m) {
       .def("__init__", &pack_integers, nb::arg("multiplier"), nb::arg("codes"), nb::arg("groups"), nb::arg("scales"),
            nb::arg("scale_bytes").none(), nb::arg("zeros").none(), nb::arg("minimums").none(),
            nb::arg("minimum_bytes").none(), nb::arg("bias").none(), nb::arg("order").none(), nb::arg("bits"),
-           nb::arg("whole_rows"))
+           nb::arg("fp4"), nb::arg("whole_rows"))
       .def_prop_ro("out_features", &IntegerWeight::out)
       .def_prop_ro("in_features", &IntegerWeight::in)
       .def_prop_ro("nbytes", &IntegerWeight::bytes);
 
-  nb::class_<DenseWeight>(m, "DenseWeight", "A weight [out, in] of bfloat16 or float16.")
+  nb::class_<DenseWeight>(m, "DenseWeight", "A weight [out, in] of bfloat16, float16 or FP8.")
       .def("__init__", &pack_dense, nb::arg("values"), nb::arg("bfloat16"), nb::arg("bias").none())
+      .def("__init__", &pack_fp8, nb::arg("codes"), nb::arg("scales"), nb::arg("rows_in_fp8"), nb::arg("bias").none())
       .def_prop_ro("out_features", &DenseWeight::out)
       .def_prop_ro("in_features", &DenseWeight::in)
       .def_prop_ro("nbytes", &DenseWeight::bytes);

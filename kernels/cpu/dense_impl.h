@@ -1,4 +1,4 @@
-// Products of 16-bit floating-point weights, beyond what integer_impl.h asks for with dot_bfloat16() and
+// Products of floating-point weights of 16 bits and of FP8, beyond what integer_impl.h asks for with dot_bfloat16() and
 // store_bfloat16() of bfloat16 numbers. Additions follow the order of the inputs, as there.
 
 #include "dense.h"
@@ -6,10 +6,24 @@
 namespace llmopt {
 namespace {
 
+// Rounds a row as the reference does, to the bit, and returns its scale. `to` may be x.
+inline float round_to_fp8(const float* x, int64_t count, float* to) {
+  const float largest = largest_magnitude(x, count) / 448.0F, scale = largest == 0 ? 1.0F : largest;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store(to + i, nearest_fp8(load_some(x + i, count - i) / scale), count - i);
+  }
+  return scale;
+}
+
 void arrange_block(const RoundingInput& input, const DenseRows& to, int64_t block, float* scratch) {
   const int64_t rows = to.block_rows;
   for (int64_t r = 0; r < rows && block * rows + r < to.rows; ++r) {
-    const float* x = arrange_row(input, input.x + (block * rows + r) * input.x_stride, to.in, scratch);
+    const int64_t row = block * rows + r;
+    const float* x = arrange_row(input, input.x + row * input.x_stride, to.in, scratch);
+    if (to.scales) {
+      to.scales[row] = round_to_fp8(x, to.in, scratch);
+      x = scratch;
+    }
     if (to.values) {
       for (int64_t i = 0; i < to.in; ++i) to.values[(block * to.in + i) * rows + r] = x[i];
       continue;
@@ -36,21 +50,40 @@ void widen(const uint16_t* from, bool bfloat16, int64_t count, float* to) {
   }
 }
 
+inline Words pairs_at(const uint32_t* from) { return load<Words>(from); }
+inline Words pairs_at(const uint16_t* from) { return reinterpret_cast<Words>(fp8_pairs(from)); }
+
+// One tile of bfloat16 or e4m3 pairs [in / 2][16].
+template <int kRows, class Pair>
+inline void add_pairs(const Pair* from, const uint32_t* x, int64_t pairs, int64_t stride, Floats (&sum)[kRows][kParts]) {
+  for (int64_t i = 0; i < pairs; ++i, from += kTile, x += stride) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      const Words value = pairs_at(from + part * kLanes);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) sum[row][part] = dot_bfloat16(sum[row][part], value, Words{} + x[row]);
+    }
+  }
+}
+
+void expand_fp8_tile(const DenseView& weight, int64_t tile, uint32_t* pairs) {
+  const int64_t count = weight.in / 2 * kTile;
+  const uint16_t* from = weight.fp8_pairs + tile * count;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    __builtin_prefetch(from + i + 2 * kAhead);
+    const Words value = pairs_at(from + i);
+    std::memcpy(pairs + i, &value, sizeof value);
+  }
+}
+
 template <int kRows>
 void dense_tile(const DenseView& weight, int64_t tile, const DenseRows& x, int64_t block, float* out) {
   Floats sum[kRows][kParts] = {};
-  if (weight.pairs) {
-    const uint32_t* from = weight.pairs + tile * (weight.in / 2) * kTile;
-    const uint32_t* pairs = x.pairs + block * (weight.in / 2) * x.block_rows;
-    for (int64_t i = 0; i < weight.in / 2; ++i, from += kTile, pairs += x.block_rows) {
-#pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        const Words value = load<Words>(from + part * kLanes);
-#pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row)
-          sum[row][part] = dot_bfloat16(sum[row][part], value, Words{} + pairs[row]);
-      }
-    }
+  if (weight.takes_pairs()) {
+    const int64_t pairs = weight.in / 2;
+    const uint32_t* rows = x.pairs + block * pairs * x.block_rows;
+    weight.pairs ? add_pairs(weight.pairs + tile * pairs * kTile, rows, pairs, x.block_rows, sum)
+                 : add_pairs(weight.fp8_pairs + tile * pairs * kTile, rows, pairs, x.block_rows, sum);
   } else {
     const uint16_t* from = weight.halves + tile * weight.in * kTile;
     const float* values = x.values + block * weight.in * x.block_rows;
@@ -89,7 +122,9 @@ void dense_any(const DenseView& weight, int64_t tile, const DenseRows& x, int64_
 #else
 namespace llmopt {
 namespace {
-constexpr DenseKernels make_dense_kernels() { return {kNativeBfloat16, nullptr, nullptr, widen, arrange_block, dense_any}; }
+constexpr DenseKernels make_dense_kernels() {
+  return {kNativeBfloat16, nullptr, nullptr, widen, arrange_block, expand_fp8_tile, dense_any};
+}
 }  // namespace
 }  // namespace llmopt
 #endif

@@ -52,7 +52,9 @@ void dense_wide(const DenseView& weight, int64_t tile, const DenseRows& x, int64
   weight.pairs ? dense_pairs(weight, tile, x, block, out) : dense_any(weight, tile, x, block, out);
 }
 
-constexpr DenseKernels make_dense_kernels() { return {kNativeBfloat16, begin_wide_pairs, end_wide_pairs, widen, arrange_block, dense_wide}; }
+constexpr DenseKernels make_dense_kernels() {
+  return {kNativeBfloat16, begin_wide_pairs, end_wide_pairs, widen, arrange_block, expand_fp8_tile, dense_wide};
+}
 
 }  // namespace
 }  // namespace llmopt

@@ -7,18 +7,25 @@ namespace llmopt {
 
 constexpr int kTile = 16;  // outputs that lie side by side
 
-// Scales or minimums of a weight, [tiles][groups][16], in one of three forms; the others are null.
+// How codes are stored: as unsigned integers of 4, 6 or 8 bits, or as FP4 (E2M1), whose numbers 0, 0.5, 1, 1.5, 2, 3, 4
+// and 6 become whole when they are doubled; the scales are halved instead.
+enum class Stored { k4Bits, k6Bits, k8Bits, kFp4 };
+
+constexpr int bits_of(Stored stored) { return stored == Stored::k8Bits ? 8 : stored == Stored::k6Bits ? 6 : 4; }
+
+// Scales or minimums of a weight, [tiles][groups][16], in one of four forms; the others are null.
 struct GroupNumbers {
   const uint16_t* halves;  // float16
   const float* floats;
   const int8_t* bytes;   // small integers, times factors
+  const uint8_t* fp8;    // e4m3, of which factors times 1/256 are the factors
   const float* factors;  // [tiles][groups / run][16]
   int64_t run;           // groups that share a factor
-  bool present() const { return halves || floats || bytes; }
+  bool present() const { return halves || floats || bytes || fp8; }
 };
 
 // A packed weight [out, in]: scale · (code − zero), or scale · code + minimum. Where both zeros and minimums are absent
-// the zero point is the middle of the stored width. A step is a run of inputs within a group that share one scale of
+// the zero point is the middle of what is stored (0 in FP4). A step is a run of inputs within a group that share one scale of
 // the activations.
 struct IntegerView {
   const uint32_t* words;  // 4 bits: [tiles][in / 8][16]; 6: [tiles][in / 16][3][16]; 8: [tiles][in / 4][16]
@@ -26,7 +33,7 @@ struct IntegerView {
   const uint8_t* zeros;  // [tiles][groups][16]
   const float* bias;     // [tiles][16], or null
   int64_t out, in, groups, steps;
-  int bits;  // 4, 6 or 8, as stored
+  Stored stored;
 };
 
 // Rows of x in blocks of `block_rows`, of which the last may hold fewer. Within a narrow block rows alternate, so that a

@@ -5,6 +5,7 @@
 //   kTilesTogether            1 or 2
 //   dot_unsigned(sum, w, x)   sum + four unsigned codes of w times four signed ones of x (one word), lane by lane;
 //   half_to_float(from)       kLanes float16 at an address
+//   look_up_bytes(table, w)   the entries of a table of 16 bytes that the bytes of w, all below 16, name
 //
 // The order of floating-point additions is that of the inputs, whatever the number of rows: a row's result does not
 // depend on its neighbours.
@@ -18,24 +19,39 @@ inline Floats numbers_at(const GroupNumbers& numbers, int64_t tile, int64_t grou
   const int64_t at = (tile * groups + group) * kTile + part * kLanes;
   if (numbers.halves) return half_to_float(numbers.halves + at);
   if (numbers.floats) return load<Floats>(numbers.floats + at);
-  const Floats values = to_floats(__builtin_convertvector(load<SignedBytes>(numbers.bytes + at), Ints));
+  const Floats values = numbers.fp8 ? fp8_parts(numbers.fp8 + at)
+                                    : to_floats(__builtin_convertvector(load<SignedBytes>(numbers.bytes + at), Ints));
   const int64_t shared = (tile * (groups / numbers.run) + group / numbers.run) * kTile + part * kLanes;
   return values * load<Floats>(numbers.factors + shared);
 }
 
-// Unsigned bytes of four consecutive inputs: part(from, v) are the v-th four of those that words hold together.
-template <int kBits>
+// Unsigned bytes of four consecutive inputs: part(from, v) are the v-th four of those that words hold together. kMiddle
+// is what stands for 0 in a symmetric weight, and middle() that times what 8 times is given.
+template <Stored kStored>
 struct Unpacked;
 
 template <>
-struct Unpacked<4> {
-  static constexpr int kWords = 1, kVectors = 2;
+struct Unpacked<Stored::k4Bits> {
+  static constexpr int kWords = 1, kVectors = 2, kMiddle = 8;
+  static int32_t middle(int32_t eightfold) { return eightfold; }
   static Words part(const uint32_t* from, int v) { return (load<Words>(from) >> (4 * v)) & 0x0F0F0F0FU; }
 };
 
+// Twice the number, plus the middle.
 template <>
-struct Unpacked<6> {
-  static constexpr int kWords = 3, kVectors = 4;
+struct Unpacked<Stored::kFp4> {
+  static constexpr int kWords = 1, kVectors = 2, kMiddle = 12;
+  static int32_t middle(int32_t eightfold) { return eightfold + eightfold / 2; }
+  static Words part(const uint32_t* from, int v) {
+    static constexpr uint8_t kDoubled[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    return look_up_bytes(kDoubled, Unpacked<Stored::k4Bits>::part(from, v));
+  }
+};
+
+template <>
+struct Unpacked<Stored::k6Bits> {
+  static constexpr int kWords = 3, kVectors = 4, kMiddle = 32;
+  static int32_t middle(int32_t eightfold) { return eightfold * 4; }
   static Words part(const uint32_t* from, int v) {
     const Words low = (load<Words>(from + v / 2 * kTile) >> (4 * (v % 2))) & 0x0F0F0F0FU,
                 high = load<Words>(from + 2 * kTile);
@@ -44,8 +60,9 @@ struct Unpacked<6> {
 };
 
 template <>
-struct Unpacked<8> {
-  static constexpr int kWords = 1, kVectors = 1;
+struct Unpacked<Stored::k8Bits> {
+  static constexpr int kWords = 1, kVectors = 1, kMiddle = 128;
+  static int32_t middle(int32_t eightfold) { return eightfold * 16; }
   static Words part(const uint32_t* from, int) { return load<Words>(from); }
 };
 
@@ -62,12 +79,11 @@ constexpr int64_t kAhead = 256;  // words: the memory's latency, at the speed at
 
 // kTiles tiles, of one weight or of two of the same kind, times the first kRows rows of a block. Several tiles at once
 // halve what is loaded of x for each product.
-template <int kBits, int kTiles, int kRows>
+template <Stored kStored, int kTiles, int kRows>
 struct TileProduct {
-  using Unpack = Unpacked<kBits>;
+  using Unpack = Unpacked<kStored>;
   static constexpr int kVectors = kTiles * kParts;
-  static constexpr bool kFew = kRows * kVectors <= 4;                       // sums that would wait for each other
-  static constexpr int kMiddleShift = kBits == 4 ? 0 : kBits == 6 ? 2 : 4;  // sums hold −8 Σ, a middle is 8, 32 or 128
+  static constexpr bool kFew = kRows * kVectors <= 4;  // sums that would wait for each other
   typedef Ints Sums[kVectors][kRows];
 
   const IntegerView& weight;  // the first, for all that they have in common
@@ -88,7 +104,7 @@ struct TileProduct {
         const Words bytes = Unpack::part(from, v);
 #pragma GCC unroll 16
         for (int row = 0; row < kRows; ++row) {
-          sum[column][row] = dot_unsigned<kBits>(sum[column][row], bytes, codes[v * stride + row]);
+          sum[column][row] = dot_unsigned<bits_of(kStored)>(sum[column][row], bytes, codes[v * stride + row]);
         }
       }
     }
@@ -100,7 +116,7 @@ struct TileProduct {
   inline __attribute__((always_inline)) void step(Sums& sum, const int32_t* row_sums, bool symmetric, int64_t parts) {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const Ints start = Ints{} + (symmetric ? row_sums[row] << kMiddleShift : 0);
+      const Ints start = Ints{} + (symmetric ? Unpack::middle(row_sums[row]) : 0);
 #pragma GCC unroll 4
       for (int column = 0; column < kVectors; ++column) sum[column][row] = start;
     }
@@ -118,9 +134,9 @@ struct TileProduct {
   }
 };
 
-template <int kBits, int kTiles, int kRows>
+template <Stored kStored, int kTiles, int kRows>
 void integer_tiles(const TileOf* tiles, const Rounded& x, int64_t block, float* out) {
-  using Product = TileProduct<kBits, kTiles, kRows>;
+  using Product = TileProduct<kStored, kTiles, kRows>;
   using Unpack = typename Product::Unpack;
   const IntegerView& weight = *tiles[0].weight;
   const bool symmetric = !weight.zeros && !weight.minimums.present();
@@ -168,29 +184,31 @@ void integer_tiles(const TileOf* tiles, const Rounded& x, int64_t block, float* 
   }
 }
 
-template <int kBits, int kTiles, int kRows = kBlockRows>
+template <Stored kStored, int kTiles, int kRows = kBlockRows>
 void integer_rows(const TileOf* tiles, const Rounded& x, int64_t block, int64_t rows, float* out) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return integer_rows<kBits, kTiles, kRows - 1>(tiles, x, block, rows, out);
+    if (rows < kRows) return integer_rows<kStored, kTiles, kRows - 1>(tiles, x, block, rows, out);
   }
-  integer_tiles<kBits, kTiles, kRows>(tiles, x, block, out);
+  integer_tiles<kStored, kTiles, kRows>(tiles, x, block, out);
 }
 
-template <int kBits>
+template <Stored kStored>
 void integer_count(const TileOf* tiles, int64_t count, const Rounded& x, int64_t block, int64_t rows, float* out) {
   if constexpr (kTilesTogether > 1) {
     // With few rows nothing is gained, and the memory is read in one run rather than in two.
-    if (count == kTilesTogether && rows > kStreamedRows) return integer_rows<kBits, kTilesTogether>(tiles, x, block, rows, out);
+    if (count == kTilesTogether && rows > kStreamedRows) return integer_rows<kStored, kTilesTogether>(tiles, x, block, rows, out);
   }
-  for (int64_t t = 0; t < count; ++t) integer_rows<kBits, 1>(tiles + t, x, block, rows, out + t * rows * kTile);
+  for (int64_t t = 0; t < count; ++t) integer_rows<kStored, 1>(tiles + t, x, block, rows, out + t * rows * kTile);
 }
 
 void integer_any(const TileOf* tiles, int64_t count, const Rounded& x, int64_t block, float* out) {
   const int64_t rows = x.rows_in(block);
-  const int bits = tiles[0].weight->bits;
-  if (bits == 4) return integer_count<4>(tiles, count, x, block, rows, out);
-  if (bits == 6) return integer_count<6>(tiles, count, x, block, rows, out);
-  integer_count<8>(tiles, count, x, block, rows, out);
+  switch (tiles[0].weight->stored) {
+    case Stored::k4Bits: return integer_count<Stored::k4Bits>(tiles, count, x, block, rows, out);
+    case Stored::k6Bits: return integer_count<Stored::k6Bits>(tiles, count, x, block, rows, out);
+    case Stored::k8Bits: return integer_count<Stored::k8Bits>(tiles, count, x, block, rows, out);
+    case Stored::kFp4: return integer_count<Stored::kFp4>(tiles, count, x, block, rows, out);
+  }
 }
 
 inline float inverse_rms(const float* x, int64_t width, float eps) {
@@ -237,16 +255,11 @@ inline void store_codes(Ints codes, int64_t count, uint32_t* to, int64_t stride)
   }
 }
 
-// A step of one row: codes absmax / 127, halves to even. The bits of magnitudes order as the magnitudes do, with NaN
-// above all: a step that holds one becomes NaN as a whole, and its scale tells.
+// A step of one row: codes absmax / 127, halves to even. A step that holds a NaN becomes NaN as a whole: its scale tells.
 inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t stride, float* scale, int32_t* sum) {
-  Ints most{}, total{};
+  Ints total{};
   const int64_t whole = count / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) most = larger(most, load<Ints>(x + i) & 0x7FFFFFFF);
-  if (whole < count) most = larger(most, reinterpret_cast<Ints>(load_some(x + whole, count - whole)) & 0x7FFFFFFF);
-  const int32_t bits = largest_lane(most);
-  float largest;
-  std::memcpy(&largest, &bits, sizeof largest);
+  const float largest = largest_magnitude(x, count);
   const bool nothing = largest < 1e-30F;  // its inverse might be infinite, and what it scales is as good as zero
   const float inverse = nothing ? 0.0F : 127.0F / largest;
   for (int64_t i = 0; i < whole; i += kLanes) {

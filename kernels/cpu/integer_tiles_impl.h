@@ -18,14 +18,14 @@ typedef int32_t StepSums[2][2][kTileWords];
 inline bool is_symmetric(const IntegerView& weight) { return !weight.zeros && !weight.minimums.present(); }
 
 // Inputs 4 · first .. 4 · last - 1 of a tile, whole units of its words, a byte each.
-template <int kBits>
+template <Stored kStored>
 inline void expand_tile(const TileOf& own, int64_t first, int64_t last, uint32_t* codes) {
-  using Unpack = Unpacked<kBits>;
+  using Unpack = Unpacked<kStored>;
   typedef uint8_t WordBytes __attribute__((vector_size(kVectorBytes)));
   const IntegerView& weight = *own.weight;
   const uint32_t* words =
       weight.words + (own.tile * (weight.in / 4) + first) / Unpack::kVectors * Unpack::kWords * kTile;
-  const uint8_t taken_off = is_symmetric(weight) ? 1 << (kBits - 1) : 0;
+  const uint8_t taken_off = is_symmetric(weight) ? Unpack::kMiddle : 0;
   const WordBytes middle = WordBytes{} + taken_off;
   for (; first < last; first += Unpack::kVectors, words += Unpack::kWords * kTile) {
 #pragma GCC unroll 4
@@ -37,10 +37,12 @@ inline void expand_tile(const TileOf& own, int64_t first, int64_t last, uint32_t
 }
 
 inline void expand_some(const TileOf& own, int64_t first, int64_t last, uint32_t* codes) {
-  const int bits = own.weight->bits;
-  bits == 4   ? expand_tile<4>(own, first, last, codes)
-  : bits == 6 ? expand_tile<6>(own, first, last, codes)
-              : expand_tile<8>(own, first, last, codes);
+  switch (own.weight->stored) {
+    case Stored::k4Bits: return expand_tile<Stored::k4Bits>(own, first, last, codes);
+    case Stored::k6Bits: return expand_tile<Stored::k6Bits>(own, first, last, codes);
+    case Stored::k8Bits: return expand_tile<Stored::k8Bits>(own, first, last, codes);
+    case Stored::kFp4: return expand_tile<Stored::kFp4>(own, first, last, codes);
+  }
 }
 
 void expand_tiles(const TileOf* tiles, int64_t count, uint32_t* codes) {
@@ -78,7 +80,7 @@ class WideProduct {
 
   void run() {
     if (is_symmetric(weight_)) return steps<true, true>();
-    weight_.bits < 8 ? steps<false, true>() : steps<false, false>();
+    weight_.stored != Stored::k8Bits ? steps<false, true>() : steps<false, false>();
   }
 
  private:
@@ -108,7 +110,7 @@ class WideProduct {
   // Begins to bring the same step of the tile that comes next into the second-level cache: the processor itself does
   // not foresee two runs that alternate, and waits.
   void fetch(const TileOf& own, int64_t step) const {
-    const int64_t words = row_words_ * weight_.bits / 8 * kTile, step_words = words / weight_.steps;
+    const int64_t words = row_words_ * bits_of(weight_.stored) / 8 * kTile, step_words = words / weight_.steps;
     const uint32_t* next = own.weight->words + (own.tile + ahead_) * words + step * step_words;
     for (int64_t word = 0; word < step_words; word += kTileBytes / 4) __builtin_prefetch(next + word, 0, 2);
   }

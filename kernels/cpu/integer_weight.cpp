@@ -7,12 +7,13 @@ namespace {
 
 constexpr int64_t kLongestStep = 64;  // longer steps of activations would cost accuracy and save nothing
 
-int stored_bits(int bits, int64_t group_inputs) {
-  if (bits <= 4) return 4;
-  return bits <= 6 && group_inputs % 16 == 0 ? 6 : 8;
+Stored stored_as(const IntegerInput& input, int64_t group_inputs) {
+  if (input.fp4) return Stored::kFp4;
+  if (input.bits <= 4) return Stored::k4Bits;
+  return input.bits <= 6 && group_inputs % 16 == 0 ? Stored::k6Bits : Stored::k8Bits;
 }
 
-int64_t unit_of(int stored) { return stored == 4 ? 8 : stored == 6 ? 16 : 4; }  // inputs that words hold together
+int64_t unit_of(int stored_bits) { return stored_bits == 4 ? 8 : stored_bits == 6 ? 16 : 4; }  // inputs in words together
 
 int64_t step_of(int64_t group_inputs, int64_t unit) {
   for (int64_t step = std::min(group_inputs, kLongestStep) / unit * unit; step > 0; step -= unit) {
@@ -20,6 +21,8 @@ int64_t step_of(int64_t group_inputs, int64_t unit) {
   }
   return group_inputs;
 }
+
+constexpr float kFp8Unit = 256;  // kernels read e4m3 numbers as so many times smaller ones
 
 // values [out][columns] to [tiles][columns][16], zeros where there is no output.
 template <class Element>
@@ -52,35 +55,37 @@ void pack_unit(int stored, const uint32_t* codes, uint32_t* to) {
 
 }  // namespace
 
-GroupNumbers IntegerWeight::Numbers::pack(const NumbersInput& input, int64_t out, int64_t groups) {
-  if (input.bytes) {
-    bytes = in_tiles(input.bytes, out, groups);
+GroupNumbers IntegerWeight::Numbers::pack(const NumbersInput& input, int64_t out, int64_t groups, float unit) {
+  if (input.factors) {
     factors = in_tiles(input.factors, out, input.runs);
-    return {nullptr, nullptr, bytes.data(), factors.data(), groups / input.runs};
+    for (int64_t i = 0; i < factors.size(); ++i) factors[i] *= input.fp8 ? unit * kFp8Unit : unit;
+    if (input.fp8) fp8 = in_tiles(input.fp8, out, groups);
+    if (input.bytes) bytes = in_tiles(input.bytes, out, groups);
+    return {nullptr, nullptr, bytes.data(), fp8.data(), factors.data(), groups / input.runs};
   }
   if (!input.floats) return {};
-  const int64_t count = out * groups;
-  const bool exact = std::all_of(input.floats, input.floats + count,
-                                 [](float value) { return static_cast<float>(static_cast<_Float16>(value)) == value; });
   floats = in_tiles(input.floats, out, groups);
-  if (!exact) return {nullptr, floats.data(), nullptr, nullptr, 1};
+  for (int64_t i = 0; i < floats.size(); ++i) floats[i] *= unit;
+  const bool exact = std::all_of(floats.data(), floats.data() + floats.size(),
+                                 [](float value) { return static_cast<float>(static_cast<_Float16>(value)) == value; });
+  if (!exact) return {nullptr, floats.data(), nullptr, nullptr, nullptr, 1};
   halves = Buffer<uint16_t>(floats.size());
   for (int64_t i = 0; i < floats.size(); ++i) {
     const auto half = static_cast<_Float16>(floats[i]);
     std::memcpy(halves.data() + i, &half, sizeof half);
   }
   floats = {};
-  return {halves.data(), nullptr, nullptr, nullptr, 1};
+  return {halves.data(), nullptr, nullptr, nullptr, nullptr, 1};
 }
 
 IntegerWeight::IntegerWeight(ThreadPool& pool, const IntegerInput& input) : in_(input.in) {
   const int64_t group_inputs = input.packed_in / input.groups;
-  const int stored = stored_bits(input.bits, group_inputs);
-  const int64_t step = input.whole_rows ? input.packed_in : step_of(group_inputs, unit_of(stored));
+  const Stored stored = stored_as(input, group_inputs);
+  const int64_t step = input.whole_rows ? input.packed_in : step_of(group_inputs, unit_of(bits_of(stored)));
   if (input.order) order_.assign(input.order, input.order + input.packed_in);
   view_ = {nullptr,
-           scales_.pack(input.scales, input.out, input.groups),
-           minimums_.pack(input.minimums, input.out, input.groups),
+           scales_.pack(input.scales, input.out, input.groups, input.fp4 ? 0.5F : 1.0F),
+           minimums_.pack(input.minimums, input.out, input.groups, 1.0F),
            nullptr,
            nullptr,
            input.out,
@@ -97,11 +102,12 @@ IntegerWeight::IntegerWeight(ThreadPool& pool, const IntegerInput& input) : in_(
 }
 
 void IntegerWeight::pack_codes(ThreadPool& pool, const IntegerInput& input) {
-  const int64_t unit = unit_of(view_.bits), unit_words = view_.bits == 6 ? 3 : 1;
+  const int bits = bits_of(view_.stored);
+  const int64_t unit = unit_of(bits), unit_words = bits == 6 ? 3 : 1;
   const int64_t units = input.packed_in / unit;
   const bool symmetric = !input.zeros && !view_.minimums.present();
   const int shift =
-      symmetric ? (1 << (view_.bits - 1)) - (1 << (input.bits - 1)) : 0;  // to the middle of what is stored
+      symmetric ? (1 << (bits - 1)) - (1 << (input.bits - 1)) : 0;  // to the middle of what is stored
   words_ = Buffer<uint32_t>(tiles() * units * unit_words * kTile);
   pool.run(tiles(), [&](int64_t tile) {
     for (int64_t lane = 0; lane < kTile && tile * kTile + lane < input.out; ++lane) {
@@ -113,7 +119,7 @@ void IntegerWeight::pack_codes(ThreadPool& pool, const IntegerInput& input) {
           const int64_t source = input.order ? input.order[i * unit + j] : i * unit + j;
           some[j] = source < 0 ? 0U : static_cast<uint32_t>(codes[source] + shift);
         }
-        pack_unit(view_.bits, some, to);
+        pack_unit(bits, some, to);
       }
     }
   });

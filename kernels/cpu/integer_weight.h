@@ -10,11 +10,13 @@
 
 namespace llmopt {
 
-// Scales or minimums in the canonical form of llmopt.weights.quantized: floats, or small integers times factors.
+// Scales or minimums in the canonical form of llmopt.weights.quantized: floats, or small integers or e4m3 numbers times
+// factors.
 struct NumbersInput {
   const float* floats;   // [out][groups], or null
   const int8_t* bytes;   // [out][groups], or null
-  const float* factors;  // [out][runs], with bytes
+  const uint8_t* fp8;    // [out][groups], or null
+  const float* factors;  // [out][runs], with bytes or fp8
   int64_t runs;
 };
 
@@ -26,6 +28,7 @@ struct IntegerInput {
   const int32_t* order;  // [packed_in]: the input that stands at each packed place, -1 for none; null for as it is
   int64_t out, in, packed_in, groups;
   int bits;         // 2 to 8
+  bool fp4;         // 4 bits that are FP4, with neither zeros nor minimums
   bool whole_rows;  // one scale of the activations for each row, as w8a8 means it; else one for each group
 };
 
@@ -45,8 +48,10 @@ class IntegerWeight {
     Buffer<uint16_t> halves;
     Buffer<float> floats, factors;
     Buffer<int8_t> bytes;
-    GroupNumbers pack(const NumbersInput& input, int64_t out, int64_t groups);
-    size_t size() const { return halves.bytes() + floats.bytes() + factors.bytes() + bytes.bytes(); }
+    Buffer<uint8_t> fp8;
+    // All of them times `unit`, a power of two.
+    GroupNumbers pack(const NumbersInput& input, int64_t out, int64_t groups, float unit);
+    size_t size() const { return halves.bytes() + floats.bytes() + factors.bytes() + bytes.bytes() + fp8.bytes(); }
   };
 
   void pack_codes(ThreadPool& pool, const IntegerInput& input);

@@ -11,6 +11,7 @@
 // Everything is in the anonymous namespace: see kernels.h for why.
 
 #include "vector_math.h"
+#include "fp8_impl.h"
 #include "integer_impl.h"
 #include "dense_impl.h"
 #include "gram_impl.h"

@@ -36,24 +36,11 @@ const float* bias_of(const Part& part, int64_t tile) {
 
 }  // namespace
 
-DenseWeight::DenseWeight(const uint16_t* values, bool bfloat16, const float* bias, int64_t out, int64_t in)
-    : values_((out + kTile - 1) / kTile * kTile * in) {
-  const int64_t run = bfloat16 ? 2 : 1;  // inputs of one output that lie together
-  for (int64_t output = 0; output < out; ++output) {
-    uint16_t* to = values_.data() + output / kTile * kTile * in + output % kTile * run;
-    for (int64_t i = 0; i < in; ++i) to[i / run * run * kTile + i % run] = values[output * in + i];
-  }
-  if (bias) {
-    bias_ = Buffer<float>((out + kTile - 1) / kTile * kTile);
-    std::copy(bias, bias + out, bias_.data());
-  }
-  view_ = {bfloat16 ? reinterpret_cast<const uint32_t*>(values_.data()) : nullptr, bfloat16 ? nullptr : values_.data(),
-           bias_.data(), out, in};
-}
-
 bool Activations::same(const Part& a, const Part& b) {
   if (a.integer && b.integer) return RoundedRows::same(*a.integer, *b.integer);
-  return a.dense && b.dense && !a.dense->view().pairs == !b.dense->view().pairs;
+  if (!a.dense || !b.dense) return false;
+  const DenseView &one = a.dense->view(), &other = b.dense->view();
+  return one.takes_pairs() == other.takes_pairs() && one.rows_in_fp8 == other.rows_in_fp8;
 }
 
 void Activations::fill(ThreadPool& pool, const Kernels& kernels, const Part& part, RoundingInput input, int64_t rows) {
@@ -63,11 +50,12 @@ void Activations::fill(ThreadPool& pool, const Kernels& kernels, const Part& par
     block_rows_ = rounded_.view().block_rows;
     return;
   }
-  const bool pairs = part.dense->view().pairs != nullptr, wide = pairs && kernels.dense.begin_wide;
+  const DenseView& weight = part.dense->view();
+  const bool pairs = weight.takes_pairs(), wide = pairs && kernels.dense.begin_wide;
   block_rows_ = rows_of_block(kernels.integer, rows, wide);
   const int64_t in = part.in(), held = blocks() * block_rows_;
-  dense_ = {pairs ? grown(pairs_, held * in / 2) : nullptr, pairs ? nullptr : grown(values_, held * in), rows, in,
-            block_rows_, wide};
+  dense_ = {pairs ? grown(pairs_, held * in / 2) : nullptr, pairs ? nullptr : grown(values_, held * in),
+            weight.rows_in_fp8 ? grown(scales_, rows) : nullptr, rows, in, block_rows_, wide};
   pool.run(blocks(), [&](int64_t block) {
     thread_local Buffer<float> scratch;
     kernels.dense.arrange_block(input, dense_, block, grown(scratch, in));
@@ -90,39 +78,63 @@ Activations::Ready::~Ready() {
 
 template <class Write>
 void Activations::multiply(const Kernels& kernels, const PartTile* tiles, int64_t count, Write&& write) const {
-  const uint32_t* codes = expand(kernels, tiles, count);
+  const uint32_t* expanded = expand(kernels, tiles, count);
   for (int64_t block = 0; block < blocks(); ++block) {
     alignas(64) TileResult result;
-    multiply_block(kernels, tiles, count, codes, block, result);
+    multiply_block(kernels, tiles, count, expanded, block, result);
     write(block, result);
   }
 }
 
 const uint32_t* Activations::expand(const Kernels& kernels, const PartTile* tiles, int64_t count) const {
-  if (!tiles->part->integer || !rounded_.view().wide || blocks() == 1) return nullptr;
-  thread_local Buffer<uint32_t> codes;
-  const TileOf some[kMostTiles] = {tile_of(tiles[0]), tile_of(tiles[count - 1])};
-  kernels.integer.wide.expand(some, count, grown(codes, count * tiles->part->integer->view().in / 4 * kTile));
-  return codes.data();
+  thread_local Buffer<uint32_t> memory;
+  if (tiles->part->integer) {
+    if (!rounded_.view().wide || blocks() == 1) return nullptr;
+    const TileOf some[kMostTiles] = {tile_of(tiles[0]), tile_of(tiles[count - 1])};
+    kernels.integer.wide.expand(some, count, grown(memory, count * tiles->part->integer->view().in / 4 * kTile));
+    return memory.data();
+  }
+  if (!dense_.wide && blocks() == 1) return nullptr;
+  const int64_t size = dense_.in / 2 * kTile;
+  for (int64_t i = 0; i < count; ++i) {
+    const DenseView& weight = tiles[i].part->dense->view();
+    if (weight.fp8_pairs) kernels.dense.expand(weight, tiles[i].tile, grown(memory, count * size) + i * size);
+  }
+  return memory.data();
 }
 
-void Activations::multiply_block(const Kernels& kernels, const PartTile* tiles, int64_t count, const uint32_t* codes,
+void Activations::multiply_block(const Kernels& kernels, const PartTile* tiles, int64_t count, const uint32_t* expanded,
                                  int64_t block, float* out) const {
   if (tiles->part->integer) {
     const TileOf some[kMostTiles] = {tile_of(tiles[0]), tile_of(tiles[count - 1])};
     const Rounded& x = rounded_.view();
-    return x.wide ? kernels.integer.wide.tiles(some, count, codes, x, block, out)
+    return x.wide ? kernels.integer.wide.tiles(some, count, expanded, x, block, out)
                   : kernels.integer.tiles(some, count, x, block, out);
   }
   for (int64_t i = 0; i < count; ++i) {
-    kernels.dense.tile(tiles[i].part->dense->view(), tiles[i].tile, dense_, block, out + i * rows_in(block) * kTile);
+    multiply_dense(kernels, tiles[i], expanded ? expanded + i * (dense_.in / 2) * kTile : nullptr, block,
+                   out + i * rows_in(block) * kTile);
+  }
+}
+
+void Activations::multiply_dense(const Kernels& kernels, const PartTile& own, const uint32_t* expanded, int64_t block,
+                                 float* out) const {
+  const DenseView& weight = own.part->dense->view();
+  if (!weight.fp8_pairs) return kernels.dense.tile(weight, own.tile, dense_, block, out);
+  DenseView tile = weight;
+  if (expanded) tile.pairs = expanded;
+  kernels.dense.tile(tile, expanded ? 0 : own.tile, dense_, block, out);
+  const float* scales = weight.scales + own.tile * kTile;
+  for (int64_t row = 0; row < rows_in(block); ++row) {
+    const float scale = dense_.scales ? dense_.scales[block * block_rows_ + row] : 1.0F;
+    for (int64_t i = 0; i < kTile; ++i) out[row * kTile + i] *= scale * scales[i];
   }
 }
 
 bool Activations::same_kind(const Part& a, const Part& b) {
   if (!a.integer || !b.integer) return !a.integer == !b.integer;
   const IntegerView &one = a.integer->view(), &other = b.integer->view();
-  return one.bits == other.bits && one.groups == other.groups && !one.zeros == !other.zeros &&
+  return one.stored == other.stored && one.groups == other.groups && !one.zeros == !other.zeros &&
          one.minimums.present() == other.minimums.present();
 }
 

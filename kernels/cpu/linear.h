@@ -4,29 +4,11 @@
 #include <memory>
 #include <vector>
 
-#include "dense.h"
+#include "dense_weight.h"
 #include "kernels.h"
 #include "rounded.h"
 
 namespace llmopt {
-
-// A weight in 16-bit floating point, packed.
-class DenseWeight {
- public:
-  // values [out][in] are bfloat16 or float16 bits; bias [out] or null. For bfloat16 `in` must be even.
-  DenseWeight(const uint16_t* values, bool bfloat16, const float* bias, int64_t out, int64_t in);
-
-  const DenseView& view() const { return view_; }
-  int64_t out() const { return view_.out; }
-  int64_t in() const { return view_.in; }
-  int64_t tiles() const { return (view_.out + kTile - 1) / kTile; }
-  int64_t bytes() const { return static_cast<int64_t>(values_.bytes() + bias_.bytes()); }
-
- private:
-  DenseView view_{};
-  Buffer<uint16_t> values_;
-  Buffer<float> bias_;
-};
 
 // One of the two.
 struct Part {
@@ -73,15 +55,18 @@ class Activations {
   int64_t rows_in(int64_t block) const;
 
  private:
-  void multiply_block(const Kernels& kernels, const PartTile* tiles, int64_t count, const uint32_t* codes,
+  void multiply_block(const Kernels& kernels, const PartTile* tiles, int64_t count, const uint32_t* expanded,
                       int64_t block, float* out) const;
+  void multiply_dense(const Kernels& kernels, const PartTile& own, const uint32_t* expanded, int64_t block,
+                      float* out) const;
+  // Tiles as they are multiplied, once for several blocks; null where kernels do better with what is packed.
   const uint32_t* expand(const Kernels& kernels, const PartTile* tiles, int64_t count) const;
 
   int64_t rows_ = 0, block_rows_ = 1;
   RoundedRows rounded_;
   DenseRows dense_{};
   Buffer<uint32_t> pairs_;
-  Buffer<float> values_;
+  Buffer<float> values_, scales_;
 };
 
 // Where results go: y [rows][stride], in place of what is there or in addition to it.

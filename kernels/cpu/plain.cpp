@@ -68,6 +68,14 @@ inline Words look_up(const uint16_t* table, Words indices) {
   return entries;
 }
 
+inline Words look_up_bytes(const uint8_t* table, Words indices) {
+  uint8_t bytes[kVectorBytes];
+  __builtin_memcpy(bytes, &indices, sizeof bytes);
+  for (uint8_t& byte : bytes) byte = table[byte & 15];
+  __builtin_memcpy(&indices, bytes, sizeof bytes);
+  return indices;
+}
+
 inline Ints dot_int16(Ints sum, Words a, Words b) {
   sum += (reinterpret_cast<Ints>(a << 16) >> 16) * (reinterpret_cast<Ints>(b << 16) >> 16);
   sum += (reinterpret_cast<Ints>(a) >> 16) * (reinterpret_cast<Ints>(b) >> 16);

@@ -75,6 +75,18 @@ inline int32_t largest_lane(Ints value) {
     return largest_lane<kDistance / 2>(larger(value, __builtin_shuffle(value, load<Ints>(kSwap<kDistance>.order))));
 }
 
+// Of `count` numbers. The bits of magnitudes order as the magnitudes do, with NaN above all, so that NaN is the largest.
+inline float largest_magnitude(const float* x, int64_t count) {
+  Ints most{};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) most = larger(most, load<Ints>(x + i) & 0x7FFFFFFF);
+  if (whole < count) most = larger(most, reinterpret_cast<Ints>(load_some(x + whole, count - whole)) & 0x7FFFFFFF);
+  const int32_t bits = largest_lane(most);
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  return largest;
+}
+
 // The nearest whole number, halves to even, of magnitudes below 2^22: adding this constant leaves no place for
 // fractions.
 constexpr float kRounder = 12582912.0F;

@@ -169,9 +169,9 @@ def same_kind(a: Weight, b: Weight) -> bool:
 
 
 def why_not(weight: QuantizedTensor, minimums: bool = False) -> str | None:
-    """What about this weight the kernels cannot do, or None; `minimums` says whether they know those."""
+    """What about this weight the kernels of integers cannot do, or None; `minimums` says whether they know those."""
     if weight.number != INT:
-        return f"weights in {weight.number} have no kernel"
+        return f"weights in {weight.number} have kernels only where activations are rounded, not in float32"
     if weight.minimums is not None and not minimums:
         return "weights whose groups have minimums in place of zero points have no kernel"
     if weight.activations is not None:
@@ -181,6 +181,11 @@ def why_not(weight: QuantizedTensor, minimums: bool = False) -> str | None:
             return "activations of 8 bits need symmetric weights with one scale a row, without groups"
         if weight.shape[1] > MOST_INTEGER_INPUTS:
             return f"activations of 8 bits are compiled for at most {MOST_INTEGER_INPUTS} inputs"
+    return uneven_groups(weight)
+
+
+def uneven_groups(weight: QuantizedTensor) -> str | None:
+    """The reason against a weight whose groups are of very unequal sizes, or None."""
     sizes = torch.bincount(weight.groups(), minlength=weight.scales.shape[1])
     # Every group is padded to the longest, so very unequal ones would cost more than they save.
     if int(sizes.max()) > 2 * weight.group_size:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from llmopt.backend.base import DecoderParts, FusedDecoder, Linear
-from llmopt.backend.cpu import CpuBackend, packing_order, why_not
+from llmopt.backend.cpu import CpuBackend, packing_order, uneven_groups, why_not
 from llmopt.backend.cpu_decoder import CpuDecoder
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.kernels._cpu import DenseWeight, IntegerWeight, Multiplier
+from llmopt.weights.numbers import FP4, FP8
 from llmopt.weights.quantized import QuantizedTensor, Scales, TwoLevel, Weight
 
 LARGEST_HALF = 65504.0
@@ -38,9 +39,12 @@ class RoundedLinear(Linear):
 
 
 class RoundedCpuBackend(CpuBackend):
-    """As CpuBackend, with activations rounded at every product: to int8, with a scale for each token and group of at
-    most 64 inputs, against integer weights; to bfloat16 against weights in bfloat16, which all unquantized weights
-    are in where the processor multiplies it. What passes between products stays float32. The KV cache is bfloat16.
+    """As CpuBackend, with activations rounded at every product.
+
+    Against integer and FP4 weights they are rounded to int8, with a scale for each token and group of at most 64 inputs;
+    where the scheme itself rounds them, as it says. Against other FP8 weights and against bfloat16, which all
+    unquantized weights are in where the processor multiplies it, they are rounded to bfloat16. What passes between
+    products stays float32. The KV cache is bfloat16.
 
     A decoder whose weights all have kernels runs as one operation (`fuse`); where one has not, each layer's operations
     are called one by one, and that weight's are the reference's.
@@ -52,7 +56,7 @@ class RoundedCpuBackend(CpuBackend):
 
     def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
         for weight in weights:
-            reason = why_not(weight, minimums=True) if isinstance(weight, QuantizedTensor) else None
+            reason = why_not_rounded(weight) if isinstance(weight, QuantizedTensor) else None
             if reason is not None:
                 self._warn_once(reason)
                 return ReferenceBackend.pack(self, weights, biases)
@@ -71,12 +75,31 @@ class RoundedCpuBackend(CpuBackend):
         return CpuDecoder(self.multiplier, parts, blocks, block_size, cache_dtype)
 
 
+def why_not_rounded(weight: QuantizedTensor) -> str | None:
+    """What about this weight the kernels that round activations cannot do, or None."""
+    if weight.number not in (FP4, FP8):
+        return why_not(weight, minimums=True)
+    if weight.minimums is not None:
+        return f"weights in {weight.number} have no kernel where their groups have minimums"
+    rounds = (None,) if weight.number == FP4 else (None, "fp8")
+    if weight.activations not in rounds:
+        return f"weights in {weight.number} have no kernel for activations rounded to {weight.activations}"
+    if weight.number == FP4:
+        return uneven_groups(weight)
+    if weight.scales.shape[1] != 1:
+        return "weights in fp8 have a kernel only where each row has one scale"
+    return "weights in fp8 have a kernel only for an even number of inputs" if weight.shape[1] % 2 else None
+
+
 def pack_part(multiplier: Multiplier, weight: Weight, bias: Tensor | None) -> IntegerWeight | DenseWeight:
     """A weight [out, in] in the layout of the kernels; bias float [out]."""
     bias = None if bias is None else bias.float().contiguous()
     if isinstance(weight, Tensor):
         values = _to_multiply(weight, multiplier.native_bfloat16)
         return DenseWeight(values.view(torch.uint16), values.dtype == torch.bfloat16, bias)
+    if weight.number == FP8:
+        scales = weight.scales.float().flatten().contiguous()
+        return DenseWeight(weight.codes.contiguous(), scales, weight.activations is not None, bias)
     weight = weight.plain_order()
     scales, scale_bytes = level_of(weight.scales)
     minimums, minimum_bytes = (None, None) if weight.minimums is None else level_of(weight.minimums)
@@ -92,6 +115,7 @@ def pack_part(multiplier: Multiplier, weight: Weight, bias: Tensor | None) -> In
         bias=bias,
         order=packing_order(weight),
         bits=weight.bits,
+        fp4=weight.number == FP4,
         whole_rows=weight.activations is not None,
     )
 
@@ -111,10 +135,15 @@ def in_16_bits(weight: Tensor) -> Tensor:
 
 
 def level_of(numbers: Scales) -> tuple[Tensor, Tensor | None]:
-    """Scales or minimums as floats [out, groups], or as factors [out, runs] and the int8 [out, groups] they scale."""
-    if isinstance(numbers, TwoLevel) and numbers.values.dtype in (torch.uint8, torch.int8):
-        small = numbers.values.dtype == torch.int8 or int(numbers.values.max()) < 128
-        if small:
-            factors = numbers.factors.float().expand(numbers.shape[0], -1)
-            return factors.contiguous(), numbers.values.to(torch.int8).contiguous()
-    return numbers.float().contiguous(), None
+    """Scales or minimums as floats [out, groups], or as factors [out, runs] and the bytes [out, groups] that they scale:
+    int8, or uint8 that are the bits of e4m3 numbers."""
+    if not isinstance(numbers, TwoLevel):
+        return numbers.float().contiguous(), None
+    values, bytes_ = numbers.values, None
+    if values.dtype == torch.float8_e4m3fn:
+        bytes_ = values.view(torch.uint8)
+    elif values.dtype == torch.int8 or (values.dtype == torch.uint8 and int(values.max()) < 128):
+        bytes_ = values.to(torch.int8)
+    if bytes_ is None:
+        return numbers.float().contiguous(), None
+    return numbers.factors.float().expand(numbers.shape[0], -1).contiguous(), bytes_.contiguous()
