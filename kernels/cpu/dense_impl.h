@@ -55,7 +55,8 @@ inline Words pairs_at(const uint16_t* from) { return reinterpret_cast<Words>(fp8
 
 // One tile of bfloat16 or e4m3 pairs [in / 2][16].
 template <int kRows, class Pair>
-inline void add_pairs(const Pair* from, const uint32_t* x, int64_t pairs, int64_t stride, Floats (&sum)[kRows][kParts]) {
+inline void add_pairs(const Pair* from, const uint32_t* x, int64_t pairs, int64_t stride,
+                      Floats (&sum)[kRows][kParts]) {
   for (int64_t i = 0; i < pairs; ++i, from += kTile, x += stride) {
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {

@@ -1,24 +1,13 @@
 #include "dense_weight.h"
 
-#include <algorithm>
+#include "tiles.h"
 
 namespace llmopt {
 namespace {
 
-// values [out][in] to [tiles][in / run][16][run], zeros where there is no output.
-template <class Element>
-Buffer<Element> in_tiles(const Element* values, int64_t out, int64_t in, int64_t run) {
-  Buffer<Element> result((out + kTile - 1) / kTile * kTile * in);
-  for (int64_t output = 0; output < out; ++output) {
-    Element* to = result.data() + output / kTile * kTile * in + output % kTile * run;
-    for (int64_t i = 0; i < in; ++i) to[i / run * run * kTile + i % run] = values[output * in + i];
-  }
-  return result;
-}
-
 // One number for each output, in whole tiles; nothing where there are none.
 Buffer<float> of_outputs(const float* values, int64_t out) {
-  return values ? in_tiles(values, out, 1, 1) : Buffer<float>();
+  return values ? in_tiles(values, out, 1) : Buffer<float>();
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace llmopt {
 struct Fp8Input {
   const uint8_t* codes;  // [out][in]: finite e4m3 numbers
   const float* scales;   // [out]
-  bool rows_in_fp8;      // the rows that it meets are rounded to e4m3 too, each with a scale of its own; else to bfloat16
+  bool rows_in_fp8;      // the rows that it meets are rounded to e4m3, each with a scale of its own; else to bfloat16
 };
 
 class DenseWeight {

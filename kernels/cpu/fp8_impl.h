@@ -5,8 +5,8 @@ namespace {
 
 typedef uint16_t Numbers __attribute__((vector_size(kVectorBytes)));  // two in a word
 
-// kLanes pairs of finite numbers as bfloat16. Seven bits moved to the place of bfloat16's exponent and mantissa lack 120
-// in the exponent; the numbers without a leading one, 0 to 7 times 2^-9, come from a table.
+// kLanes pairs of finite numbers as bfloat16. Seven bits moved to the place of bfloat16's exponent and mantissa lack
+// 120 in the exponent; the numbers without a leading one, 0 to 7 times 2^-9, come from a table.
 inline Numbers fp8_pairs(const void* from) {
   static constexpr uint16_t kTiny[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
   const Numbers code = reinterpret_cast<Numbers>(widen_int8(from));  // the sign in all of the upper bits
@@ -17,7 +17,8 @@ inline Numbers fp8_pairs(const void* from) {
 // kLanes finite numbers over 256: float16 reads their bits so, those without a leading one included.
 inline Floats fp8_parts(const uint8_t* from) {
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  const Halves code = __builtin_convertvector(load<Bytes>(from), Halves), bits = (code & 0x80) << 8 | (code & 0x7f) << 7;
+  const Halves code = __builtin_convertvector(load<Bytes>(from), Halves);
+  const Halves bits = (code & 0x80) << 8 | (code & 0x7f) << 7;
   uint16_t halves[kLanes];
   std::memcpy(halves, &bits, sizeof halves);
   return half_to_float(halves);

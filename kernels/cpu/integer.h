@@ -18,15 +18,15 @@ struct GroupNumbers {
   const uint16_t* halves;  // float16
   const float* floats;
   const int8_t* bytes;   // small integers, times factors
-  const uint8_t* fp8;    // e4m3, of which factors times 1/256 are the factors
+  const uint8_t* fp8;    // e4m3, read as 1/256 of the numbers, times factors
   const float* factors;  // [tiles][groups / run][16]
   int64_t run;           // groups that share a factor
   bool present() const { return halves || floats || bytes || fp8; }
 };
 
 // A packed weight [out, in]: scale · (code − zero), or scale · code + minimum. Where both zeros and minimums are absent
-// the zero point is the middle of what is stored (0 in FP4). A step is a run of inputs within a group that share one scale of
-// the activations.
+// the zero point is the middle of what is stored (of FP4, 0). A step is a run of inputs within a group that share one
+// scale of the activations.
 struct IntegerView {
   const uint32_t* words;  // 4 bits: [tiles][in / 8][16]; 6: [tiles][in / 16][3][16]; 8: [tiles][in / 4][16]
   GroupNumbers scales, minimums;

@@ -196,7 +196,9 @@ template <Stored kStored>
 void integer_count(const TileOf* tiles, int64_t count, const Rounded& x, int64_t block, int64_t rows, float* out) {
   if constexpr (kTilesTogether > 1) {
     // With few rows nothing is gained, and the memory is read in one run rather than in two.
-    if (count == kTilesTogether && rows > kStreamedRows) return integer_rows<kStored, kTilesTogether>(tiles, x, block, rows, out);
+    if (count == kTilesTogether && rows > kStreamedRows) {
+      return integer_rows<kStored, kTilesTogether>(tiles, x, block, rows, out);
+    }
   }
   for (int64_t t = 0; t < count; ++t) integer_rows<kStored, 1>(tiles + t, x, block, rows, out + t * rows * kTile);
 }
@@ -255,7 +257,8 @@ inline void store_codes(Ints codes, int64_t count, uint32_t* to, int64_t stride)
   }
 }
 
-// A step of one row: codes absmax / 127, halves to even. A step that holds a NaN becomes NaN as a whole: its scale tells.
+// A step of one row: codes absmax / 127, halves to even. A step that holds a NaN becomes NaN as a whole:
+// its scale tells.
 inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t stride, float* scale, int32_t* sum) {
   Ints total{};
   const int64_t whole = count / kLanes * kLanes;

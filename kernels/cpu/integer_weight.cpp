@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "tiles.h"
+
 namespace llmopt {
 namespace {
 
@@ -13,7 +15,7 @@ Stored stored_as(const IntegerInput& input, int64_t group_inputs) {
   return input.bits <= 6 && group_inputs % 16 == 0 ? Stored::k6Bits : Stored::k8Bits;
 }
 
-int64_t unit_of(int stored_bits) { return stored_bits == 4 ? 8 : stored_bits == 6 ? 16 : 4; }  // inputs in words together
+int64_t unit_of(int bits) { return bits == 4 ? 8 : bits == 6 ? 16 : 4; }  // inputs that words hold together
 
 int64_t step_of(int64_t group_inputs, int64_t unit) {
   for (int64_t step = std::min(group_inputs, kLongestStep) / unit * unit; step > 0; step -= unit) {
@@ -23,17 +25,6 @@ int64_t step_of(int64_t group_inputs, int64_t unit) {
 }
 
 constexpr float kFp8Unit = 256;  // kernels read e4m3 numbers as so many times smaller ones
-
-// values [out][columns] to [tiles][columns][16], zeros where there is no output.
-template <class Element>
-Buffer<Element> in_tiles(const Element* values, int64_t out, int64_t columns) {
-  Buffer<Element> result((out + kTile - 1) / kTile * columns * kTile);
-  for (int64_t output = 0; output < out; ++output) {
-    Element* to = result.data() + output / kTile * columns * kTile + output % kTile;
-    for (int64_t column = 0; column < columns; ++column) to[column * kTile] = values[output * columns + column];
-  }
-  return result;
-}
 
 // The words of one output's codes, already without padding: byte j of a word is input j of four.
 void pack_unit(int stored, const uint32_t* codes, uint32_t* to) {

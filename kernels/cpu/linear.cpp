@@ -87,14 +87,14 @@ void Activations::multiply(const Kernels& kernels, const PartTile* tiles, int64_
 }
 
 const uint32_t* Activations::expand(const Kernels& kernels, const PartTile* tiles, int64_t count) const {
+  const bool several = blocks() > 1;
+  if (tiles->part->integer ? !(rounded_.view().wide && several) : !(dense_.wide || several)) return nullptr;
   thread_local Buffer<uint32_t> memory;
   if (tiles->part->integer) {
-    if (!rounded_.view().wide || blocks() == 1) return nullptr;
     const TileOf some[kMostTiles] = {tile_of(tiles[0]), tile_of(tiles[count - 1])};
     kernels.integer.wide.expand(some, count, grown(memory, count * tiles->part->integer->view().in / 4 * kTile));
     return memory.data();
   }
-  if (!dense_.wide && blocks() == 1) return nullptr;
   const int64_t size = dense_.in / 2 * kTile;
   for (int64_t i = 0; i < count; ++i) {
     const DenseView& weight = tiles[i].part->dense->view();

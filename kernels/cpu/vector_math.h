@@ -75,7 +75,7 @@ inline int32_t largest_lane(Ints value) {
     return largest_lane<kDistance / 2>(larger(value, __builtin_shuffle(value, load<Ints>(kSwap<kDistance>.order))));
 }
 
-// Of `count` numbers. The bits of magnitudes order as the magnitudes do, with NaN above all, so that NaN is the largest.
+// Of `count` numbers. The bits of magnitudes order as the magnitudes do, with NaN above all: it is the largest.
 inline float largest_magnitude(const float* x, int64_t count) {
   Ints most{};
   const int64_t whole = count / kLanes * kLanes;

@@ -41,8 +41,8 @@ class RoundedLinear(Linear):
 class RoundedCpuBackend(CpuBackend):
     """As CpuBackend, with activations rounded at every product.
 
-    Against integer and FP4 weights they are rounded to int8, with a scale for each token and group of at most 64 inputs;
-    where the scheme itself rounds them, as it says. Against other FP8 weights and against bfloat16, which all
+    Against integer and FP4 weights they are rounded to int8, with a scale for each token and group of at most 64
+    inputs; where the scheme itself rounds them, as it says. Against other FP8 weights and against bfloat16, which all
     unquantized weights are in where the processor multiplies it, they are rounded to bfloat16. What passes between
     products stays float32. The KV cache is bfloat16.
 
@@ -135,8 +135,8 @@ def in_16_bits(weight: Tensor) -> Tensor:
 
 
 def level_of(numbers: Scales) -> tuple[Tensor, Tensor | None]:
-    """Scales or minimums as floats [out, groups], or as factors [out, runs] and the bytes [out, groups] that they scale:
-    int8, or uint8 that are the bits of e4m3 numbers."""
+    """Scales or minimums as floats [out, groups], or as factors [out, runs] and the bytes [out, groups] that they
+    scale: int8, or uint8 that are the bits of e4m3 numbers."""
     if not isinstance(numbers, TwoLevel):
         return numbers.float().contiguous(), None
     values, bytes_ = numbers.values, None

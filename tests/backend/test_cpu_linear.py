@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -226,6 +227,7 @@ def test_groups_of_unequal_size():
         (random_weight(8, 2, 32, 8, activations="int8"), "one scale a row"),
         (random_weight(8, 1, 64, 8, activations="int8", symmetric=False), "symmetric"),
         (unequal_groups([61, 1, 1, 1]), "unequal"),
+        (replace(random_weight(8, 2, 32), number="fp4"), "not in float32"),
     ],
 )
 def test_what_the_kernels_cannot_do_goes_to_the_reference_with_one_warning(weight, word, caplog):

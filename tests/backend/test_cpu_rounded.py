@@ -1,5 +1,7 @@
 """Products with rounded activations, on every instruction set that this processor has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ BACKENDS = {
     (name, threads): cpu_rounded.RoundedCpuBackend(threads, name) for name in INSTRUCTION_SETS for threads in (1, 2)
 }
 REFERENCE = ReferenceBackend()
-KINDS = ("symmetric", "zeros", "minimums", "two levels", "two levels with minimums")
+KINDS = ("symmetric", "zeros", "minimums", "two levels", "two levels with minimums", "nvfp4", "mxfp4")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -26,8 +28,10 @@ def generator(seed: int) -> torch.Generator:
 def random_weight(
     kind: str, out: int, groups: int, group_size: int, bits: int, seed: int, *, act_order: bool = False
 ) -> QuantizedTensor:
-    """A weight of random codes whose scales and minimums are as `kind` says."""
+    """A weight of random codes whose scales and minimums are as `kind` says; FP4 has 4 bits, whatever `bits` says."""
     source = generator(seed)
+    if kind in ("nvfp4", "mxfp4"):
+        return random_fp4(kind, out, groups, group_size, source, act_order=act_order)
     wide, most = groups * group_size, 1 << bits
     codes = torch.randint(0, most, (out, wide), generator=source, dtype=torch.uint8)
     floats = 0.01 + 0.02 * torch.rand(out, groups, generator=source)
@@ -36,15 +40,33 @@ def random_weight(
     factors = [0.001 * (1 + torch.rand(out, runs, generator=source)).half() for _ in range(2)]
     two_levels = [TwoLevel(values, factor) for values, factor in zip(bytes_, factors, strict=True)]
     zeros = torch.randint(0, most, (out, groups), generator=source, dtype=torch.uint8)
-    index = (torch.arange(wide) // group_size)[torch.randperm(wide, generator=source)].int()
     return QuantizedTensor(
         codes,
         two_levels[0] if kind.startswith("two levels") else floats,
         zeros if kind == "zeros" else None,
-        index if act_order else None,
+        random_order(wide, group_size, source) if act_order else None,
         bits,
         minimums={"minimums": -floats * 3, "two levels with minimums": two_levels[1]}.get(kind),
     )
+
+
+def random_order(width: int, group_size: int, source: torch.Generator) -> torch.Tensor:
+    """The group of each input, where groups are not runs."""
+    return (torch.arange(width) // group_size)[torch.randperm(width, generator=source)].int()
+
+
+def random_fp4(kind: str, out: int, groups: int, group_size: int, source, *, act_order: bool) -> QuantizedTensor:
+    codes = torch.randint(0, 16, (out, groups * group_size), generator=source, dtype=torch.uint8)
+    if kind == "mxfp4":
+        # All that float16 holds, so that it is tried too; then all that there are.
+        low, high = ((105, 140), (30, 160))[int(torch.randint(2, (), generator=source))]
+        exponents = torch.randint(low, high, (out, groups), generator=source, dtype=torch.uint8)
+        scales = exponents.view(torch.float8_e8m0fnu)
+    else:
+        values = torch.randint(0, 0x7F, (out, groups), generator=source, dtype=torch.uint8)  # subnormal ones as well
+        scales = TwoLevel(values.view(torch.float8_e4m3fn), torch.tensor([[0.00123]]))
+    index = random_order(groups * group_size, group_size, source) if act_order else None
+    return QuantizedTensor(codes, scales, None, index, 4, number="fp4")
 
 
 def whole_numbers(tokens: int, width: int, seed: int) -> torch.Tensor:
@@ -85,8 +107,9 @@ def test_what_rounding_leaves_alone_is_multiplied_exactly(
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_inputs_in_another_order(name, tokens):
-    weight = random_weight("zeros", 40, 4, 32, 4, seed=1, act_order=True)
+@pytest.mark.parametrize("kind", ["zeros", "nvfp4"])
+def test_inputs_in_another_order(name, tokens, kind):
+    weight = random_weight(kind, 40, 4, 32, 4, seed=1, act_order=True)
     x = torch.full((tokens, 128), 127.0) * torch.randint(-1, 2, (tokens, 128), generator=generator(2))
     check_exact(BACKENDS[name, 2], weight, x)
 
@@ -175,8 +198,9 @@ def test_dense_weights(name, dtype, tolerance, out, width, tokens):
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(name, bad):
-    linear = BACKENDS[name, 1].pack([random_weight("symmetric", 20, 2, 32, 4, seed=9)], [None])
+@pytest.mark.parametrize("kind", ["symmetric", "mxfp4"])
+def test_what_is_not_finite_is_not_hidden(name, bad, kind):
+    linear = BACKENDS[name, 1].pack([random_weight(kind, 20, 2, 32, 4, seed=9)], [None])
     x = torch.randn(3, 64)
     x[1, 5] = bad
     result = linear(x)
@@ -184,13 +208,29 @@ def test_what_is_not_finite_is_not_hidden(name, bad):
     assert result[[0, 2]].isfinite().all()
 
 
-def test_a_weight_without_a_kernel_goes_to_the_reference_with_one_warning(caplog):
-    codes = torch.randint(0, 16, (8, 32), dtype=torch.uint8)
-    weight = QuantizedTensor(codes, torch.ones(8, 2), None, None, 4, number="fp4")
+def fp4(**how) -> QuantizedTensor:
+    return replace(random_weight("mxfp4", 8, 2, 16, 4, seed=1), **how)
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (fp4(minimums=torch.ones(8, 2)), "weights in fp4 have no kernel where their groups have minimums"),
+        (fp4(activations="int8"), "weights in fp4 have no kernel for activations rounded to int8"),
+        (fp4(number="fp8", bits=8), "weights in fp8 have a kernel only where each row has one scale"),
+        (
+            fp4(number="fp8", bits=8, scales=torch.ones(8, 1), activations="int8"),
+            "weights in fp8 have no kernel for activations rounded to int8",
+        ),
+        (
+            QuantizedTensor(torch.ones(8, 5, dtype=torch.uint8), torch.ones(8, 1), None, None, 8, number="fp8"),
+            "weights in fp8 have a kernel only for an even number of inputs",
+        ),
+    ],
+)
+def test_a_weight_without_a_kernel_goes_to_the_reference_with_one_warning(weight, reason, caplog):
     backend = cpu_rounded.RoundedCpuBackend(1)
-    x = torch.randn(2, 32)
+    x = torch.randn(2, weight.shape[1])
     for _ in range(2):
         assert torch.equal(backend.pack([weight], [None])(x), REFERENCE.pack([weight], [None])(x))
-    assert [record.getMessage() for record in caplog.records] == [
-        "some operations run on plain torch: weights in fp4 have no kernel"
-    ]
+    assert [record.getMessage() for record in caplog.records] == [f"some operations run on plain torch: {reason}"]
