@@ -1,4 +1,4 @@
-"""Artifacts in FP4 and FP8 of the real model: the CPU kernels run them whole, and predict what the reference predicts."""
+"""Artifacts in FP4 and FP8 of the real model: the CPU kernels run them whole and predict what the reference does."""
 
 from pathlib import Path
 
