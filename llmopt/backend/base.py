@@ -5,6 +5,7 @@ overrides what it does faster; what it cannot do goes to `reference` with one wa
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,44 @@ class PagedBatch:
     block_tables: Tensor
     slots: Tensor
     positions: Tensor
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One step's tokens on the host. S sequences, T tokens in all, oldest first.
+
+    Python's own arrays: a step of one stream makes a handful of short ones, each of which would cost several times as
+    long through a library. What they hold is described in `PagedBatch`.
+
+    Attributes:
+        tokens: int64 [T], all sequences end to end.
+        query_starts: int32 [S + 1].
+        context_lens: int32 [S].
+        block_tables: int32 [S * table_width], one table after the other.
+        slots, positions: int64 [T].
+    """
+
+    tokens: "array[int]"
+    query_starts: "array[int]"
+    context_lens: "array[int]"
+    block_tables: "array[int]"
+    table_width: int
+    slots: "array[int]"
+    positions: "array[int]"
+
+    def placed(self, device: torch.device) -> tuple[Tensor, PagedBatch]:
+        """The tokens and where they stand, on a device."""
+
+        def place(values: "array[int]", dtype: torch.dtype) -> Tensor:
+            return torch.frombuffer(values, dtype=dtype).to(device, non_blocking=True)
+
+        return place(self.tokens, torch.int64), PagedBatch(
+            query_starts=self.query_starts.tolist(),
+            context_lens=place(self.context_lens, torch.int32),
+            block_tables=place(self.block_tables, torch.int32).view(-1, self.table_width),
+            slots=place(self.slots, torch.int64),
+            positions=place(self.positions, torch.int64),
+        )
 
 
 class Linear(ABC):
@@ -80,11 +119,11 @@ class FusedDecoder(ABC):
     """All layers of a step in one call, with a KV cache of its own."""
 
     @abstractmethod
-    def hidden(self, tokens: Tensor, batch: PagedBatch) -> Tensor:
-        """The normed last hidden states, float32 [T, hidden], of tokens int64 [T]."""
+    def hidden(self, batch: HostBatch) -> Tensor:
+        """The normed last hidden states, float32 [T, hidden]."""
 
     @abstractmethod
-    def logits(self, tokens: Tensor, batch: PagedBatch, rows: Tensor) -> Tensor:
+    def logits(self, batch: HostBatch, rows: "array[int]") -> Tensor:
         """float32 [n, vocabulary] for the tokens at `rows`, int64 [n], ascending, of the T."""
 
 

@@ -1,9 +1,11 @@
 """A whole decoder on the CPU kernels: one call from Python for all layers of a step."""
 
+from array import array
+
 import torch
 from torch import Tensor
 
-from llmopt.backend.base import DecoderParts, FusedDecoder, LayerParts, Linear, PagedBatch
+from llmopt.backend.base import DecoderParts, FusedDecoder, HostBatch, LayerParts, Linear
 from llmopt.backend.paged_cache import DTYPES, MOST_CHANNELS, STEP, PagedCache
 from llmopt.kernels._cpu import Decoder, DenseWeight, IntegerWeight, Multiplier
 
@@ -55,29 +57,15 @@ class CpuDecoder(FusedDecoder):
             return "the compiled decoder takes only weights that have kernels"
         return None
 
-    def hidden(self, tokens: Tensor, batch: PagedBatch) -> Tensor:
-        out = torch.empty(len(tokens), self.hidden_size)
-        self._decoder.hidden(*self._place(batch), tokens.data_ptr(), batch.positions.data_ptr(), out.data_ptr())
+    def hidden(self, batch: HostBatch) -> Tensor:
+        out = torch.empty(len(batch.tokens), self.hidden_size)
+        self._decoder.hidden(*_addresses(batch), out.data_ptr())
         return out
 
-    def logits(self, tokens: Tensor, batch: PagedBatch, rows: Tensor) -> Tensor:
+    def logits(self, batch: HostBatch, rows: "array[int]") -> Tensor:
         out = torch.empty(len(rows), self.vocabulary)
-        self._decoder.logits(
-            *self._place(batch),
-            tokens.data_ptr(),
-            batch.positions.data_ptr(),
-            rows.data_ptr(),
-            len(rows),
-            out.data_ptr(),
-        )
+        self._decoder.logits(*_addresses(batch), *rows.buffer_info(), out.data_ptr())
         return out
-
-    def _place(self, batch: PagedBatch) -> tuple[int, ...]:
-        sequences, width = batch.block_tables.shape
-        starts = torch.tensor(batch.query_starts, dtype=torch.int32)
-        self._starts = starts  # alive until the next step
-        tables = (starts, batch.context_lens, batch.block_tables, batch.slots)
-        return (sequences, len(batch.slots), width, *(tensor.data_ptr() for tensor in tables))
 
     def _add(self, layer: LayerParts, cache: PagedCache) -> None:
         self._decoder.add_layer(
@@ -99,6 +87,20 @@ class CpuDecoder(FusedDecoder):
             return 0
         self._kept.append(tensor.float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _addresses(batch: HostBatch) -> tuple[int, ...]:
+    """What the kernels take of a batch: numbers of sequences and tokens, the tables' width, and addresses."""
+    arrays = (
+        batch.query_starts,
+        batch.context_lens,
+        batch.block_tables,
+        batch.slots,
+        batch.tokens,
+        batch.positions,
+    )
+    sizes = (len(batch.context_lens), len(batch.tokens), batch.table_width)
+    return (*sizes, *[values.buffer_info()[0] for values in arrays])
 
 
 def packed(linear: Linear) -> list[IntegerWeight | DenseWeight]:

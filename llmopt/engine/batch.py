@@ -1,13 +1,9 @@
 """Turns scheduled chunks into the flat arrays of one step."""
 
+from array import array
 from dataclasses import dataclass
-from itertools import accumulate
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from llmopt.backend.base import PagedBatch
+from llmopt.backend.base import HostBatch
 from llmopt.engine.request import Request
 from llmopt.engine.scheduler import Chunk
 
@@ -17,43 +13,35 @@ class Batch:
     """One step's input.
 
     Attributes:
-        tokens: int64 [T], all chunks end to end.
-        paged: where these tokens stand in the cache.
+        host: all chunks end to end, and where their tokens stand in the cache.
         sampling: the requests whose next token can be sampled, in order.
         last_rows: int64 [len(sampling)], the row among T of each such request's last token.
     """
 
-    tokens: Tensor
-    paged: PagedBatch
+    host: HostBatch
     sampling: list[Request]
-    last_rows: Tensor
+    last_rows: "array[int]"
 
 
-def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Batch:
+def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
     """The batch of a step; a request's blocks must already hold its chunk."""
-    counts = np.array([chunk.count for chunk in chunks], np.int64)
-    firsts = np.array([chunk.start for chunk in chunks], np.int64)
-    starts = np.array([0, *accumulate(chunk.count for chunk in chunks)], np.int64)
-    tables = np.zeros((len(chunks), max(len(chunk.request.blocks) for chunk in chunks)), dtype=np.int32)
-    for row, chunk in zip(tables, chunks, strict=True):
-        row[: len(chunk.request.blocks)] = chunk.request.blocks
-    sequence = np.arange(len(chunks)).repeat(counts)
-    positions = np.arange(starts[-1]) + (firsts - starts[:-1])[sequence]
-    slots = tables[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    closing = [index for index, chunk in enumerate(chunks) if chunk.closes_gap]
-
-    def place(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    return Batch(
-        tokens=place(np.array([token for chunk in chunks for token in chunk.tokens], np.int64)),
-        paged=PagedBatch(
-            query_starts=starts.tolist(),
-            context_lens=place((firsts + counts).astype(np.int32)),
-            block_tables=place(tables),
-            slots=place(slots),
-            positions=place(positions),
-        ),
-        sampling=[chunks[index].request for index in closing],
-        last_rows=place(starts[1:][closing] - 1),
-    )
+    tokens, slots, positions, last_rows = (array("q") for _ in range(4))
+    query_starts, context_lens, block_tables = array("i", [0]), array("i"), array("i")
+    sampling = []
+    width = max(len(chunk.request.blocks) for chunk in chunks)
+    for chunk in chunks:
+        request, blocks, end = chunk.request, chunk.request.blocks, chunk.start + chunk.count
+        tokens.extend(chunk.tokens)
+        positions.extend(range(chunk.start, end))
+        slots.extend(
+            [blocks[place // block_size] * block_size + place % block_size for place in range(chunk.start, end)]
+        )
+        query_starts.append(len(tokens))
+        context_lens.append(end)
+        block_tables.extend(blocks)
+        block_tables.extend([0] * (width - len(blocks)))
+        if chunk.closes_gap:
+            sampling.append(request)
+            last_rows.append(len(tokens) - 1)
+    host = HostBatch(tokens, query_starts, context_lens, block_tables, width, slots, positions)
+    return Batch(host, sampling, last_rows)

@@ -105,7 +105,7 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        batch = build_batch(chunks, self.config.block_size, self.runner.backend.device)
+        batch = build_batch(chunks, self.config.block_size)
         sampled = self.sampler(self._compute(chunks, batch), batch.sampling)
         self.scheduler.retire(chunks)
         deltas = []
@@ -125,7 +125,7 @@ class Engine:
             return self.runner.run(batch)
         hidden = self.runner.hidden(batch)
         report_prompts(due, hidden, self.runner)
-        return self.runner.logits(hidden[batch.last_rows])
+        return self.runner.logits(hidden[batch.last_rows.tolist()])
 
     def stats(self) -> EngineStats:
         return EngineStats(

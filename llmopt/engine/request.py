@@ -27,6 +27,7 @@ class Request:
         cached_tokens: how many tokens of its prompt were found in the cache when it was first let in.
         seed: what its random choices are drawn from.
         rules: which tokens it favours and which it rules out.
+        takes_likeliest: whether each token is that of the largest logit, and nothing is asked about it.
         counts: what its penalties are counted by; whoever samples lets it catch up, where there are penalties.
         prompt_logprobs: what has been reported of its prompt's tokens, from the first, of which there is nothing to
             report; None where nobody wants it.
@@ -57,6 +58,9 @@ class Request:
         self.preemptions = 0
         self.overtaken = 0
         self.cached_tokens = 0
+        self.takes_likeliest = (
+            params.greedy and params.logprobs is None and rules is NO_RULES and not params.has_penalties
+        )
         self.counts = TokenCounts()
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 

@@ -44,9 +44,10 @@ class Runner:
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states [T, hidden] of a batch; its keys and values are in the cache afterwards."""
         if self.fused:
-            return self.fused.hidden(batch.tokens, batch.paged)
-        attention = PagedAttention(self.config, self.backend, self.caches, batch.paged)
-        return self.decoder.hidden(batch.tokens, batch.paged.positions, attention)
+            return self.fused.hidden(batch.host)
+        tokens, paged = batch.host.placed(self.backend.device)
+        attention = PagedAttention(self.config, self.backend, self.caches, paged)
+        return self.decoder.hidden(tokens, paged.positions, attention)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -56,6 +57,5 @@ class Runner:
     def run(self, batch: Batch) -> Tensor:
         """Compute a step; float32 logits [len(batch.sampling), vocabulary] for the tokens to sample."""
         if self.fused:
-            return self.fused.logits(batch.tokens, batch.paged, batch.last_rows)
-        hidden = self.hidden(batch)
-        return self.logits(hidden[batch.last_rows])
+            return self.fused.logits(batch.host, batch.last_rows)
+        return self.logits(self.hidden(batch)[batch.last_rows.tolist()])

@@ -38,5 +38,5 @@ class Scorer:
         request.blocks = list(range(self.runner.plan.blocks))
         for start in range(0, len(tokens), CHUNK):
             chunk = Chunk(request, start, min(CHUNK, len(tokens) - start))
-            batch = build_batch([chunk], self.config.block_size, self.runner.backend.device)
+            batch = build_batch([chunk], self.config.block_size)
             yield self.runner.logits(self.runner.hidden(batch))

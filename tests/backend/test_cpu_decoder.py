@@ -37,7 +37,7 @@ def request_of(tokens: list[int], first_block: int) -> Request:
 
 
 def logits_of(runner: Runner, chunks: list[Chunk]) -> torch.Tensor:
-    return runner.logits(runner.hidden(build_batch(chunks, BLOCK, runner.backend.device)))
+    return runner.logits(runner.hidden(build_batch(chunks, BLOCK)))
 
 
 def in_chunks(runner: Runner, tokens: list[int], size: int) -> torch.Tensor:
@@ -85,9 +85,7 @@ def test_a_step_gives_the_logits_of_the_tokens_that_close_a_gap(tiny_model) -> N
     texts = [tokens_of(20, seed=3), tokens_of(9, seed=4), tokens_of(6, seed=5)]
     requests = [request_of(text, 2 * number) for number, text in enumerate(texts)]
     counts = (20, 5, 6)  # of the second request more is to come
-    batch = build_batch(
-        [Chunk(request, 0, count) for request, count in zip(requests, counts, strict=True)], BLOCK, torch.device("cpu")
-    )
+    batch = build_batch([Chunk(request, 0, count) for request, count in zip(requests, counts, strict=True)], BLOCK)
     all_logits = runner.logits(runner.hidden(batch))
     assert torch.equal(runner.run(batch), all_logits[[19, 30]])
 
@@ -97,7 +95,7 @@ def test_a_step_that_closes_no_gap_gives_no_logits(settings, tiny_model) -> None
     folder, _ = tiny_model("llama")
     config = EngineConfig(model=str(folder), backend="cpu", max_num_seqs=8, **settings)
     runner = Runner(open_source(str(folder)), config)
-    batch = build_batch([Chunk(request_of(tokens_of(20, seed=3), 0), 0, 10)], BLOCK, torch.device("cpu"))
+    batch = build_batch([Chunk(request_of(tokens_of(20, seed=3), 0), 0, 10)], BLOCK)
     assert runner.run(batch).shape == (0, 320)
 
 

@@ -102,9 +102,7 @@ def logits_of(folder, backend: str, kind: str, dtype: str, tokens: list[int]) ->
     request.blocks = [5, 2, 7, 1]
     steps = [(0, 30), (30, 1), (31, 1), (32, 18)]
     with torch.inference_mode():
-        return torch.cat(
-            [runner.logits(runner.hidden(build_batch([Chunk(request, *step)], 16, CPU))) for step in steps]
-        )
+        return torch.cat([runner.logits(runner.hidden(build_batch([Chunk(request, *step)], 16))) for step in steps])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

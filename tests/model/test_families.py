@@ -44,7 +44,7 @@ def request_with_blocks(tokens: list[int], first_block: int) -> Request:
 
 
 def step(runner: Runner, chunks: list[Chunk]) -> torch.Tensor:
-    batch = build_batch(chunks, BLOCK, runner.backend.device)
+    batch = build_batch(chunks, BLOCK)
     return runner.logits(runner.hidden(batch))
 
 
