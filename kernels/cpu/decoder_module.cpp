@@ -40,7 +40,7 @@ void pack_integers(IntegerWeight* self, Multiplier& multiplier, Array<uint8_t, 2
                    std::optional<Bytes2> scale_bytes, std::optional<Array<uint8_t, 2>> zeros,
                    std::optional<Floats2> minimums, std::optional<Bytes2> minimum_bytes,
                    std::optional<Array<float, 1>> bias, std::optional<Array<int32_t, 1>> order, int bits, bool fp4,
-                   bool whole_rows) {
+                   bool whole_rows, int64_t longest_step) {
   const auto out = static_cast<int64_t>(codes.shape(0)), in = static_cast<int64_t>(codes.shape(1));
   const auto packed_in = order ? static_cast<int64_t>(order->shape(0)) : in;
   check(bits >= 2 && bits <= 8, "bits must be 2 to 8");
@@ -52,6 +52,7 @@ void pack_integers(IntegerWeight* self, Multiplier& multiplier, Array<uint8_t, 2
   check(!bias || static_cast<int64_t>(bias->shape(0)) == out, "bias must be [out]");
   check(!fp4 || (bits == 4 && !zeros && !minimums), "FP4 has 4 bits, no zeros and no minimums");
   check(!whole_rows || groups == 1, "one scale for each row of activations needs one group a row");
+  check(longest_step >= 16, "a step of activations has at least 16 inputs");
   if (order) check_order(*order, in);
   new (self) IntegerWeight(
       multiplier.pool(),
@@ -59,7 +60,7 @@ void pack_integers(IntegerWeight* self, Multiplier& multiplier, Array<uint8_t, 2
        numbers_of(scales, scale_bytes, out, groups, "scales must be [out, groups], or [out, runs] with bytes"),
        numbers_of(minimums, minimum_bytes, out, groups, "minimums must be [out, groups], or [out, runs] with bytes"),
        zeros ? zeros->data() : nullptr, bias ? bias->data() : nullptr, order ? order->data() : nullptr, out, in,
-       packed_in, groups, bits, fp4, whole_rows});
+       packed_in, groups, bits, fp4, whole_rows, longest_step});
 }
 
 void pack_dense(DenseWeight* self, Array<uint16_t, 2> values, bool bfloat16, std::optional<Array<float, 1>> bias) {
@@ -163,7 +164,7 @@ void bind_decoder(nb::module_& m) {
       .def("__init__", &pack_integers, nb::arg("multiplier"), nb::arg("codes"), nb::arg("groups"), nb::arg("scales"),
            nb::arg("scale_bytes").none(), nb::arg("zeros").none(), nb::arg("minimums").none(),
            nb::arg("minimum_bytes").none(), nb::arg("bias").none(), nb::arg("order").none(), nb::arg("bits"),
-           nb::arg("fp4"), nb::arg("whole_rows"))
+           nb::arg("fp4"), nb::arg("whole_rows"), nb::arg("longest_step"))
       .def_prop_ro("out_features", &IntegerWeight::out)
       .def_prop_ro("in_features", &IntegerWeight::in)
       .def_prop_ro("nbytes", &IntegerWeight::bytes);

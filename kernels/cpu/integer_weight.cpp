@@ -7,8 +7,6 @@
 namespace llmopt {
 namespace {
 
-constexpr int64_t kLongestStep = 64;  // longer steps of activations would cost accuracy and save nothing
-
 Stored stored_as(const IntegerInput& input, int64_t group_inputs) {
   if (input.fp4) return Stored::kFp4;
   if (input.bits <= 4) return Stored::k4Bits;
@@ -17,8 +15,8 @@ Stored stored_as(const IntegerInput& input, int64_t group_inputs) {
 
 int64_t unit_of(int bits) { return bits == 4 ? 8 : bits == 6 ? 16 : 4; }  // inputs that words hold together
 
-int64_t step_of(int64_t group_inputs, int64_t unit) {
-  for (int64_t step = std::min(group_inputs, kLongestStep) / unit * unit; step > 0; step -= unit) {
+int64_t step_of(int64_t group_inputs, int64_t longest, int64_t unit) {
+  for (int64_t step = std::min(group_inputs, longest) / unit * unit; step > 0; step -= unit) {
     if (group_inputs % step == 0) return step;
   }
   return group_inputs;
@@ -72,7 +70,8 @@ GroupNumbers IntegerWeight::Numbers::pack(const NumbersInput& input, int64_t out
 IntegerWeight::IntegerWeight(ThreadPool& pool, const IntegerInput& input) : in_(input.in) {
   const int64_t group_inputs = input.packed_in / input.groups;
   const Stored stored = stored_as(input, group_inputs);
-  const int64_t step = input.whole_rows ? input.packed_in : step_of(group_inputs, unit_of(bits_of(stored)));
+  const int64_t unit = unit_of(bits_of(stored));
+  const int64_t step = input.whole_rows ? input.packed_in : step_of(group_inputs, input.longest_step, unit);
   if (input.order) order_.assign(input.order, input.order + input.packed_in);
   view_ = {nullptr,
            scales_.pack(input.scales, input.out, input.groups, input.fp4 ? 0.5F : 1.0F),

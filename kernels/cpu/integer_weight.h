@@ -29,7 +29,8 @@ struct IntegerInput {
   int64_t out, in, packed_in, groups;
   int bits;         // 2 to 8
   bool fp4;         // 4 bits that are FP4, with neither zeros nor minimums
-  bool whole_rows;  // one scale of the activations for each row, as w8a8 means it; else one for each group
+  bool whole_rows;  // one scale of the activations for each row, as w8a8 means it; else one for each step
+  int64_t longest_step;  // inputs of a step, which is a group or a part of one
 };
 
 class IntegerWeight {

@@ -140,10 +140,11 @@ class Backend(ABC):
         return str(self.dtype).removeprefix("torch.")
 
     @abstractmethod
-    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
+    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None], fine: bool = False) -> Linear:
         """One linear operation whose output is that of these weights side by side ([q | k | v], [gate | up]).
 
-        Weights are [out, in] with one `in` for all; a bias is [out] or None.
+        Weights are [out, in] with one `in` for all; a bias is [out] or None. `fine` says that small errors of the
+        result do much harm: a backend that rounds activations of its own accord rounds these more finely.
         """
 
     @abstractmethod

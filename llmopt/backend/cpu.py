@@ -70,7 +70,7 @@ class CpuBackend(ReferenceBackend):
         self.multiplier = Multiplier(threads, instruction_set)
         self._warned: set[str] = set()
 
-    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
+    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None], fine: bool = False) -> Linear:
         pieces = list(zip(weights, biases, strict=True))
         parts = [self._pack_part(run) for run in mergeable_runs(pieces)]
         only = parts[0]

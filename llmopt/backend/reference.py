@@ -54,7 +54,7 @@ class ReferenceBackend(Backend):
         self.dtype = dtype
         self.products = products or dtype
 
-    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Linear:
+    def pack(self, weights: Sequence[Weight], biases: Sequence[Tensor | None], fine: bool = False) -> Linear:
         activations = {w.activations if isinstance(w, QuantizedTensor) else None for w in weights}
         if len(activations) > 1:
             raise InputError(

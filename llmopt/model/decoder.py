@@ -45,7 +45,7 @@ class DecoderLayer:
         self.config = config
         self.index = index
         self.backend = backend
-        self.qkv = self._pack(weights, QKV)
+        self.qkv = self._pack(weights, QKV, fine=True)  # softmax multiplies what is wrong with scores
         self.output = self._pack(weights, OUTPUT)
         self.gate_up = self._pack(weights, GATE_UP)
         self.down = self._pack(weights, DOWN)
@@ -55,10 +55,10 @@ class DecoderLayer:
             self.query_norm = self._place(weights["self_attn.q_norm.weight"])
             self.key_norm = self._place(weights["self_attn.k_norm.weight"])
 
-    def _pack(self, weights: Mapping[str, Weight], names: tuple[str, ...]):
+    def _pack(self, weights: Mapping[str, Weight], names: tuple[str, ...], fine: bool = False):
         biases = [weights.get(f"{name}.bias") for name in names]
         return self.backend.pack(
-            [weights[f"{name}.weight"] for name in names], [None if b is None else as_dense(b) for b in biases]
+            [weights[f"{name}.weight"] for name in names], [None if b is None else as_dense(b) for b in biases], fine
         )
 
     def _place(self, weight: Weight) -> Tensor:
