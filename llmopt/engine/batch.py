@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmopt.backend.base import PagedBatch
-from llmopt.engine.request import Request
+from llmopt.engine.row import Row
 from llmopt.engine.scheduler import Chunk
 
 
@@ -19,13 +19,14 @@ class Batch:
     Attributes:
         tokens: int64 [T], all chunks end to end.
         paged: where these tokens stand in the cache.
-        sampling: the requests whose next token can be sampled, in order.
-        last_rows: int64 [len(sampling)], the row among T of each such request's last token.
+        rows: the choices that can be made, in the order of the chunks: one for each that closes its request's gap, and
+            one more for each token that is drafted there.
+        last_rows: int64 [len(rows)], the row among T of the token that each choice follows.
     """
 
     tokens: Tensor
     paged: PagedBatch
-    sampling: list[Request]
+    rows: list[Row]
     last_rows: Tensor
 
 
@@ -40,7 +41,11 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> B
     sequence = np.arange(len(chunks)).repeat(counts)
     positions = np.arange(starts[-1]) + (firsts - starts[:-1])[sequence]
     slots = tables[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    closing = [index for index, chunk in enumerate(chunks) if chunk.closes_gap]
+    rows, last_rows = [], []
+    for chunk, end in zip(chunks, starts[1:].tolist(), strict=True):
+        if chunk.closes_gap:
+            rows += [Row(chunk.request, chunk.request.drafts[:count]) for count in range(chunk.drafted + 1)]
+            last_rows += range(end - 1 - chunk.drafted, end)
 
     def place(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -54,6 +59,6 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> B
             slots=place(slots),
             positions=place(positions),
         ),
-        sampling=[chunks[index].request for index in closing],
-        last_rows=place(starts[1:][closing] - 1),
+        rows=rows,
+        last_rows=place(np.array(last_rows, np.int64)),
     )
