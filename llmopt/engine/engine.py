@@ -43,7 +43,7 @@ class Engine:
         self.default_sampling = _advised_sampling(source.generation_config)
         drafting = config.speculative_config
         draft = None if drafting is None or drafting.model is None else open_draft(drafting.model, source)
-        self.runner = Runner(source, config, progress, draft=draft and draft.config)
+        self.runner = Runner(source, config, progress, draft=None if draft is None else draft.config)
         self.max_model_len = self.runner.plan.max_model_len
         self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
         keys = BlockKeys(config.block_size) if config.enable_prefix_caching else None

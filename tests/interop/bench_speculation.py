@@ -29,12 +29,12 @@ from llmopt.errors import LlmoptError
 
 OUTPUT = WORK.parent / "bench-speculation.json"
 TEXT = (
-    "Mrs Hall went down to the harbour early, before the boats came in. The water was grey and quite still, and the gulls "
-    "stood along the wall as if they had been told to wait. She bought two loaves and a pound of butter, asked after the "
-    "baker's wife, and walked home by the long road past the mill. At the gate she met the postman, who had a letter for "
-    "Mr Brown and none for her. She put the bread on the table, opened the window, and began to write to her sister about "
-    "the garden, the new roof, and the price of coal. It rained in the afternoon, and the road to the station was closed "
-    "until the men had cleared it."
+    "Mrs Hall went down to the harbour early, before the boats came in. The water was grey and quite still, and the "
+    "gulls stood along the wall as if they had been told to wait. She bought two loaves and a pound of butter, asked "
+    "after the baker's wife, and walked home by the long road past the mill. At the gate she met the postman, who had "
+    "a letter for Mr Brown and none for her. She put the bread on the table, opened the window, and began to write to "
+    "her sister about the garden, the new roof, and the price of coal. It rained in the afternoon, and the road to "
+    "the station was closed until the men had cleared it."
 )
 PROSE = (
     "The history of the lighthouse begins with",

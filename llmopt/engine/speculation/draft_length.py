@@ -108,7 +108,7 @@ class DraftLength:
     def observe_step(self, rows: int, seconds: float) -> None:
         """Take in what a step of the target took in which every request was decoding, `rows` with those drafted."""
         self.step.observe(rows, seconds)
-        self._for_probes = min(self._for_probes + _PROBING * seconds, _MOST_FOR_PROBES)
+        self._for_probes = min(self._for_probes + _PROBING * self.step(rows), _MOST_FOR_PROBES)
 
     def _levels(self, candidates: Sequence[Candidate], decoding: int) -> list[list[int]]:
         """For the first drafted token, the second, …: the places of the candidates that are to have one."""

@@ -95,7 +95,8 @@ class DraftModel:
 
     def _chunks(self, requests: Sequence[Request]) -> list[Chunk]:
         """What a pass computes: the gaps of requests, one after the other, as far as the budget goes."""
-        budget, chunks = self.budget, []
+        budget = self.budget
+        chunks: list[Chunk] = []
         for request in requests:
             count = min(self._gap(request), budget)
             if count == 0:

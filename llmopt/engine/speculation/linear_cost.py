@@ -3,7 +3,7 @@
 _MEMORY = 0.98
 """How much each pass still counts after the next one."""
 _OUTLIER = 3.0
-"""A pass that took more than this many times what was expected counts as that: something else kept the machine busy."""
+"""A pass that took more than this many times what its rows may cost counts as that: the machine was busy elsewhere."""
 
 
 class LinearCost:
@@ -31,7 +31,8 @@ class LinearCost:
     def observe(self, rows: int, seconds: float) -> None:
         """Take in a pass (West 1979's update of means and moments, doi:10.1145/359146.359153, with forgetting)."""
         if self.known:
-            seconds = min(seconds, _OUTLIER * max(self(rows), self._seconds))
+            in_proportion = self._seconds * max(1.0, rows / self._rows)
+            seconds = min(seconds, _OUTLIER * max(self(rows), in_proportion))
         self._weight = _MEMORY * self._weight + 1
         share = 1 / self._weight
         off_rows, off_seconds = rows - self._rows, seconds - self._seconds

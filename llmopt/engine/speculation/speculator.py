@@ -48,7 +48,7 @@ class Speculator:
 
     def verify(self, chunk: Chunk, chosen: Sequence[int]) -> Sequence[int]:
         """The next tokens of a chunk's request: see `accepted`."""
-        tokens = accepted(chunk.request.drafts, chosen)
+        tokens = accepted(chunk.request.drafts[: chunk.drafted], chosen)
         if chunk.drafted:
             count = len(tokens) - 1
             self.length.observe(chunk.request, chunk.drafted, count)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.backend.reference import ReferenceBackend
@@ -14,14 +14,16 @@ from llmopt.engine.request import Request
 from llmopt.engine.row import Row
 from llmopt.engine.sampler import Sampler
 from llmopt.engine.speculation.acceptance import accepted
+from llmopt.engine.token_rules import TokenRules
 
 TOKENS = 5
 TARGET = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5])
-DRAFT = torch.tensor([0.5, 1.5, 0.5, 0.0, 1.0])
+DRAFT = torch.tensor([1.5, 1.2, 0.5, 0.3, -0.2])
 DRAWS = 4000
 LIMIT = 18.5  # chi-square at 0.1% for four degrees of freedom; seeds are fixed, so this never flickers
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=6), st.lists(st.integers(0, 2), min_size=7, max_size=7))
 def test_the_chosen_tokens_up_to_the_first_that_differs(drafts, chosen) -> None:
     chosen = chosen[: len(drafts) + 1]
@@ -50,7 +52,8 @@ def drawn(requests: list[Request]) -> list[int]:
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.9}, {"logit_bias": {4: 2.0}}])
 def test_what_stands_has_the_distribution_of_the_target(draft: Callable, params: dict) -> None:
     wanted = SamplingParams(**params)
-    requests = [Request(str(seed), [1, 2], wanted, seed) for seed in range(DRAWS)]
+    rules = TokenRules(wanted.logit_bias)
+    requests = [Request(str(seed), [1, 2], wanted, seed, rules) for seed in range(DRAWS)]
     drafts = draft(requests)
     rows = [
         row for request, token in zip(requests, drafts, strict=True) for row in (Row(request), Row(request, [token]))

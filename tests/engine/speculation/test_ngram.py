@@ -1,6 +1,6 @@
 """Prompt lookup drafts what followed the latest tokens the last time, whatever the steps in which it saw them."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.engine.params import SamplingParams
@@ -23,6 +23,7 @@ def expected(tokens: list[int]) -> list[int] | None:
     return None
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=12), st.lists(st.lists(st.integers(0, 2), max_size=4), max_size=9)
 )
