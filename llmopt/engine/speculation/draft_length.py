@@ -17,7 +17,7 @@ _LEAST_ROW = 0.02
 """What a row costs at least, as a share of what a token costs without drafts: before anything is known of it, too."""
 _SAVED = 0.25
 """The share of its time that a request's decoding is expected to save by drafts, where that is to be guessed."""
-_MEMORY, _MEMORY_OF_ALL = 0.9, 0.98
+_MEMORY, _MEMORY_OF_ALL = 0.93, 0.98
 """How much a drafted token still counts after the next one: of the same request, and of any."""
 _FIRST_GUESS = 0.7
 """How likely a drafted token is taken to be accepted before there was any."""

@@ -67,8 +67,8 @@ class DraftModel:
             self._draft_next(going_on)
             depth += 1
 
-    def seconds(self, requests: int) -> float:
-        return self.cost(requests)
+    def seconds(self, rows: int) -> float:
+        return self.cost(rows)
 
     def _draft_next(self, requests: list[Request]) -> None:
         """Draft one more token for each request, in one pass, or several where there is much to catch up with."""

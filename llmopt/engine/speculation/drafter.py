@@ -23,5 +23,6 @@ class Drafter(Protocol):
         `lag` has given a number for each of these requests since it last changed, and its blocks hold the chunk.
         """
 
-    def seconds(self, requests: int) -> float:
-        """What one more drafted token for each of this many requests takes, as far as is known."""
+    def seconds(self, rows: int) -> float:
+        """What a pass over this many rows takes, as far as is known; one more drafted token for each of n requests is a
+        pass over n."""

@@ -36,7 +36,7 @@ class NgramDrafter:
                 drafts.append(drafts[place + len(drafts) - request.known])
             request.drafts = drafts
 
-    def seconds(self, requests: int) -> float:
+    def seconds(self, rows: int) -> float:
         return 0.0
 
 

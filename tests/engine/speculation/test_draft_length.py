@@ -62,8 +62,8 @@ def bound_by_memory(rows: int) -> float:
     return 0.010 + 0.0005 * rows
 
 
-def bound_by_arithmetic(rows: int) -> float:
-    return 0.001 + 0.001 * rows
+def bound_by_both(rows: int) -> float:
+    return 0.010 + 0.001 * rows
 
 
 @settings(deadline=None)
@@ -79,7 +79,7 @@ def test_a_line_is_found(base, slope, rows) -> None:
 
 def test_a_line_forgets_and_outliers_hardly_count() -> None:
     cost = LinearCost()
-    for turn in range(400):
+    for turn in range(600):
         cost.observe(1 + turn % 5, (0.02 if turn < 200 else 0.01) + 0.001 * (1 + turn % 5))
     assert cost(3) == pytest.approx(0.013, rel=0.05)
     cost.observe(3, 5.0)
@@ -138,11 +138,11 @@ def test_each_request_has_what_is_its_own() -> None:
 
 
 def test_under_load_there_are_fewer() -> None:
-    alone = Machine(bound_by_arithmetic).run(300, make_requests(1), [0.7])[0]
-    machine = Machine(bound_by_arithmetic)
+    alone = Machine(bound_by_both).run(300, make_requests(1), [0.7])[0]
+    machine = Machine(bound_by_both)
     machine.run(100, make_requests(64), [0.7] * 64)
     crowd = machine.run(200, make_requests(64), [0.7] * 64)
-    assert sum(crowd) / 64 < 0.2 < alone
+    assert sum(crowd) / 64 < 0.1 and alone > 1
     assert machine.speedup(64) > 0.97
 
 

@@ -42,7 +42,7 @@ class Oracle:
                 token if self.random.random() < self.right else self.random.randrange(VOCABULARY) for token in follows
             ]
 
-    def seconds(self, requests: int) -> float:
+    def seconds(self, rows: int) -> float:
         return 0.0
 
 
