@@ -13,6 +13,7 @@ from llmopt.bench.machine import describe_machine
 from llmopt.bench.report import in_process_report
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
+from llmopt.engine.outputs import SpeculationStats
 from llmopt.engine.params import SamplingParams
 from llmopt.errors import InputError, LlmoptError
 from llmopt.model.source import open_source
@@ -48,10 +49,11 @@ class Round:
 
 @dataclass
 class Measurement:
-    """A case and its rounds."""
+    """A case, its rounds, and what became of the tokens drafted in them."""
 
     case: Case
     rounds: list[Round] = field(default_factory=list)
+    speculation: SpeculationStats | None = None
 
     @property
     def prefill_tokens_per_s(self) -> list[float]:
@@ -117,11 +119,25 @@ def measure(
         phase = f"{case.batch} × ({case.prompt_len} in, {case.gen_len} out)"
         run_round(engine, Case(case.batch, case.prompt_len, min(case.gen_len, WARM_UP_TOKENS)), rng, f"warm-up {index}")
         measurement = Measurement(case)
+        before = engine.stats().speculation
         for repeat in range(repeats):
             progress(phase, repeat, repeats)
             measurement.rounds.append(run_round(engine, case, rng, f"{index}.{repeat}"))
+        measurement.speculation = _since(before, engine.stats().speculation)
         measurements.append(measurement)
     return measurements
+
+
+def _since(before: SpeculationStats | None, after: SpeculationStats | None) -> SpeculationStats | None:
+    """What became of the tokens that were drafted between two looks at the engine."""
+    if before is None or after is None:
+        return None
+    return SpeculationStats(
+        after.drafts - before.drafts,
+        after.draft_tokens - before.draft_tokens,
+        after.accepted_tokens - before.accepted_tokens,
+        [late - early for early, late in zip(before.accepted_by_position, after.accepted_by_position, strict=True)],
+    )
 
 
 def run_round(engine: Engine, case: Case, rng: np.random.Generator, name: str) -> Round:

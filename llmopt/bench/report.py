@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ def in_process_report(
 
     A decode run says how near it came to the memory's limit, batch * bandwidth / weight_bytes: every step reads the
     model's files once and gives each request a token. Reading the KV cache is not in it, nor that a backend may hold
-    the weights larger than the files do.
+    the weights larger than the files do. Where tokens are drafted it says what became of them, `SpeculationStats`; then
+    a step may give more than one, and the limit is none.
     """
     bandwidth = 1e9 * machine["memory_gb_per_s"]
     runs: list[dict[str, Any]] = []
@@ -35,6 +37,8 @@ def in_process_report(
             speeds, limit = spread(measurement.decode_tokens_per_s), case.batch * bandwidth / weight_bytes
             limits = {"memory_limit_tokens_per_s": limit, "of_memory_limit": speeds["median"] / limit}
             runs.append({"phase": "decode", **shape, "tokens_per_s": speeds, **limits})
+            if measurement.speculation is not None:
+                runs[-1]["speculation"] = asdict(measurement.speculation)
     return {
         "version": VERSION,
         "model": model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -59,6 +60,9 @@ def bench(
     kv_cache_dtype: Annotated[KVCacheDTypeName, _here(help="Of the KV cache; auto is as the activations.")] = "auto",
     kv_cache_memory_bytes: Annotated[int | None, _here(help="Size of the KV cache.")] = None,
     max_num_batched_tokens: Annotated[int, _here(help="Tokens computed in one step, at most.")] = 2048,
+    speculative_config: Annotated[
+        str | None, _here(metavar="JSON", help="Draft tokens and verify them, as in serve. The prompts stay random.")
+    ] = None,
     base_url: Annotated[
         str | None, _there(help="Measure this OpenAI-compatible server instead, such as http://127.0.0.1:8000.")
     ] = None,
@@ -122,7 +126,7 @@ def bench(
         result = _bench_here(options)
         _show_runs(result, json_file)
     else:
-        console.refuse(context, _GRID + _ENGINE, "MODEL, without --base-url")
+        console.refuse(context, (*_GRID, *_ENGINE, "speculative_config"), "MODEL, without --base-url")
         result = _bench_there(options)
         _show_load(result, json_file)
     console.write_json(result, json_file)
@@ -138,6 +142,7 @@ def _numbers(flag: str, words: list[str] | None, default: int) -> list[int]:
 
 def _bench_here(options: dict[str, Any]) -> dict[str, Any]:
     from llmopt.bench.in_process import bench_model, grid
+    from llmopt.engine.speculation.config import SpeculativeConfig
 
     cases = grid(
         _numbers("--prompt-len", options["prompt_len"], 512),
@@ -145,6 +150,7 @@ def _bench_here(options: dict[str, Any]) -> dict[str, Any]:
         _numbers("--batch", options["batch"], 1),
     )
     of_engine = {name: options[name] for name in _ENGINE}
+    of_engine["speculative_config"] = SpeculativeConfig.parse(options["speculative_config"])
     with console.progress_bar() as progress:
         return bench_model(options["model"], cases, options["repeats"], options["seed"], progress, **of_engine)
 
@@ -203,10 +209,23 @@ def _show_runs(result: dict[str, Any], json_file: str | None) -> None:
         share = f"{run['of_memory_limit']:.0%}" if "of_memory_limit" in run else ""
         table.add_row(run["phase"], *shape, *speeds, ttft, share)
     out.print(table)
+    for run in result["runs"]:
+        if "speculation" in run:
+            _show_speculation(out, run)
     machine = result["machine"]
     out.print(
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, memory {machine['memory_gb_per_s']:.1f} GB/s, "
         f"weights {result['weight_bytes'] / 1e6:.1f} MB",
+        highlight=False,
+    )
+
+
+def _show_speculation(out: Console, run: dict[str, Any]) -> None:
+    drafted = run["speculation"]
+    share = drafted["accepted_tokens"] / max(1, drafted["draft_tokens"])
+    out.print(
+        f"batch {run['batch']}, {run['prompt_len']} in, {run['gen_len']} out: {drafted['draft_tokens']} drafted, "
+        f"{share:.0%} accepted; by position {drafted['accepted_by_position']}",
         highlight=False,
     )
 

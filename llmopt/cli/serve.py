@@ -47,6 +47,15 @@ def serve(
     scheduling_policy: Annotated[
         str, typer.Option(help="fcfs, or priority: requests of the lowest `priority` first.")
     ] = "fcfs",
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='Draft tokens, and verify them in one pass: {"method": "ngram"} from the text itself, '
+            '{"method": "draft_model", "model": MODEL} by a smaller model with the same vocabulary, such as a 4-bit '
+            "artifact of this one. Further keys: num_speculative_tokens, prompt_lookup_max, prompt_lookup_min.",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, reference or cpu.")] = "auto",
@@ -67,6 +76,7 @@ def serve(
     Then: curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time"}'
     """
     from llmopt.engine.config import EngineConfig
+    from llmopt.engine.speculation.config import SpeculativeConfig
     from llmopt.serve.lifecycle import run_server
     from llmopt.serve.settings import ServerSettings
 
@@ -86,6 +96,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
+        speculative_config=SpeculativeConfig.parse(speculative_config),
         threads=threads,
         seed=seed,
     )

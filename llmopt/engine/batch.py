@@ -4,7 +4,7 @@ from array import array
 from dataclasses import dataclass
 
 from llmopt.backend.base import HostBatch
-from llmopt.engine.request import Request
+from llmopt.engine.row import Row
 from llmopt.engine.scheduler import Chunk
 
 
@@ -14,12 +14,13 @@ class Batch:
 
     Attributes:
         host: all chunks end to end, and where their tokens stand in the cache.
-        sampling: the requests whose next token can be sampled, in order.
-        last_rows: int64 [len(sampling)], the row among T of each such request's last token.
+        rows: the choices that can be made, in the order of the chunks: one for each that closes its request's gap, and
+            one more for each token that is drafted there.
+        last_rows: int64 [len(rows)], the row among T of the token that each choice follows.
     """
 
     host: HostBatch
-    sampling: list[Request]
+    rows: list[Row]
     last_rows: "array[int]"
 
 
@@ -27,7 +28,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
     """The batch of a step; a request's blocks must already hold its chunk."""
     tokens, slots, positions, last_rows = (array("q") for _ in range(4))
     query_starts, context_lens, block_tables = array("i", [0]), array("i"), array("i")
-    sampling = []
+    rows = []
     width = max(len(chunk.request.blocks) for chunk in chunks)
     for chunk in chunks:
         request, blocks, end = chunk.request, chunk.request.blocks, chunk.start + chunk.count
@@ -41,7 +42,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
         block_tables.extend(blocks)
         block_tables.extend([0] * (width - len(blocks)))
         if chunk.closes_gap:
-            sampling.append(request)
-            last_rows.append(len(tokens) - 1)
+            rows += [Row(request, request.drafts[:count]) for count in range(chunk.drafted + 1)]
+            last_rows.extend(range(len(tokens) - 1 - chunk.drafted, len(tokens)))
     host = HostBatch(tokens, query_starts, context_lens, block_tables, width, slots, positions)
-    return Batch(host, sampling, last_rows)
+    return Batch(host, rows, last_rows)

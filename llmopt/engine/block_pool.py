@@ -74,12 +74,12 @@ class BlockPool:
         if self._places.setdefault(key, block) == block:
             self._keys[block] = key
 
-    def release(self, table: MutableSequence[int]) -> None:
+    def release(self, table: MutableSequence[int], keep: int = 0) -> None:
         """Give up a table's blocks, the last of them first, so that a beginning outlives what follows it.
 
-        The table is empty afterwards.
+        The table has its first `keep` blocks afterwards, or as many as it had.
         """
-        for block in reversed(table):
+        for block in reversed(table[keep:]):
             self._holders[block] -= 1
             if self._holders[block]:
                 continue
@@ -87,7 +87,7 @@ class BlockPool:
                 self._free.append(block)
             else:
                 self._cached[block] = None
-        del table[:]
+        del table[keep:]
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise LlmoptError unless every block is free, cached, or held by as many of these tables as it counts."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from llmopt.engine.speculation.config import SpeculativeConfig
 from llmopt.errors import InputError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -39,6 +40,7 @@ class EngineConfig:
         max_num_batched_tokens: the token budget of a step.
         enable_prefix_caching: keep the keys and values of full blocks for requests that begin with the same tokens.
         scheduling_policy: fcfs serves requests as they come; priority those of the lowest `priority` first.
+        speculative_config: how tokens are drafted that the model then verifies; None for not at all.
         threads: CPU threads; None for one a core.
         seed: seeds requests that bring none.
     """
@@ -55,6 +57,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     scheduling_policy: SchedulingPolicyName = "fcfs"
+    speculative_config: SpeculativeConfig | None = None
     threads: int | None = None
     seed: int | None = None
 

@@ -1,7 +1,7 @@
-"""The loop that all of llmopt runs on: schedule, compute, sample, give out."""
+"""The loop that all of llmopt runs on: schedule, draft, compute, sample, give out."""
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -15,12 +15,16 @@ from llmopt.engine.params import SamplingParams
 from llmopt.engine.prompt_logprobs import due_tokens, report_prompts
 from llmopt.engine.request import Request
 from llmopt.engine.runner import Runner
-from llmopt.engine.sampler import Sampler
+from llmopt.engine.sampler import Sampled, Sampler
 from llmopt.engine.scheduler import Chunk, Scheduler
+from llmopt.engine.speculation.config import SpeculativeConfig
+from llmopt.engine.speculation.draft_model import DraftModel, open_draft
+from llmopt.engine.speculation.ngram import NgramDrafter
+from llmopt.engine.speculation.speculator import Speculator
 from llmopt.engine.token_rules import TokenRules
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
-from llmopt.model.source import open_source
+from llmopt.model.source import ModelSource, open_source
 from llmopt.model.tokenizer import Tokenizer
 from llmopt.progress import Progress, silent
 
@@ -37,12 +41,15 @@ class Engine:
         self.model_config: ModelConfig = source.config
         self.tokenizer: Tokenizer = source.tokenizer
         self.default_sampling = _advised_sampling(source.generation_config)
-        self.runner = Runner(source, config, progress)
+        drafting = config.speculative_config
+        draft = None if drafting is None or drafting.model is None else open_draft(drafting.model, source)
+        self.runner = Runner(source, config, progress, draft=None if draft is None else draft.config)
         self.max_model_len = self.runner.plan.max_model_len
         self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
         keys = BlockKeys(config.block_size) if config.enable_prefix_caching else None
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens, keys)
         self.sampler = Sampler(self.runner.backend)
+        self.speculator = None if drafting is None else self._speculator(drafting, draft, progress)
         self._generations: dict[str, Generation] = {}
         self._seeds = random.Random(config.seed)
         self._steps = self._prompt_tokens = self._generation_tokens = 0
@@ -102,20 +109,38 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Compute one step of the continuous batch and give out what it added, in the order of arrival."""
+        if self.speculator is not None:
+            self.speculator.plan(self.scheduler.running, lambda request: self._generations[request.id].left)
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        if self.speculator is not None:
+            self.speculator.draft(chunks)
         batch = build_batch(chunks, self.config.block_size)
-        sampled = self.sampler(self._compute(chunks, batch), batch.sampling)
+        sampled = self.sampler(self._compute(chunks, batch), batch.rows)
+        deltas = self._advance(chunks, sampled)
         self.scheduler.retire(chunks)
-        deltas = []
-        for request, token, logprobs in zip(batch.sampling, sampled.token_ids, sampled.logprobs, strict=True):
-            delta = self._generations[request.id].advance(token, logprobs)
+        for delta in deltas:
             if delta.finish_reason is not None:
-                self._finish(request)
-            deltas.append(delta)
+                self._finish(delta.request_id)
+        if self.speculator is not None:
+            self.speculator.observe(chunks)
         self._steps += 1
-        self._generation_tokens += len(deltas)
+        self._generation_tokens += sum(len(delta.token_ids) for delta in deltas)
+        return deltas
+
+    def _advance(self, chunks: list[Chunk], sampled: Sampled) -> list[Delta]:
+        """Give each request whose gap is closed the tokens that were chosen to follow: one, or more where those that
+        were drafted stand."""
+        deltas, start = [], 0
+        for chunk in chunks:
+            if chunk.closes_gap:
+                rows = slice(start, start + 1 + chunk.drafted)
+                start = rows.stop
+                tokens: Sequence[int] = sampled.token_ids[rows]
+                if self.speculator is not None:
+                    tokens = self.speculator.verify(chunk, tokens)
+                deltas.append(self._generations[chunk.request.id].advance(tokens, sampled.logprobs[rows]))
         return deltas
 
     def _compute(self, chunks: list[Chunk], batch: Batch) -> Tensor:
@@ -140,6 +165,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             steps=self._steps,
+            speculation=None if self.speculator is None else self.speculator.stats(),
         )
 
     def check(self) -> None:
@@ -155,8 +181,14 @@ class Engine:
         if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
             raise InputError(f"{what} holds a token outside the vocabulary of 0 to {last}")
 
-    def _finish(self, request: Request) -> None:
-        del self._generations[request.id]
+    def _speculator(self, config: SpeculativeConfig, draft: ModelSource | None, progress: Progress) -> Speculator:
+        if draft is None:
+            return Speculator(NgramDrafter(*config.lookup), config.most)
+        runner = Runner(draft, self.config, progress, target=self.runner)
+        return Speculator(DraftModel(runner, self.config.block_size, self.config.max_num_batched_tokens), config.most)
+
+    def _finish(self, request_id: str) -> None:
+        request = self._generations.pop(request_id).request
         self.scheduler.remove(request)
         self._prompt_tokens += request.prompt_length
 

@@ -1,5 +1,7 @@
 """What one request has generated, and the rule by which it ends."""
 
+from collections.abc import Sequence
+
 from llmopt.engine.detokenizer import Detokenizer
 from llmopt.engine.outputs import Delta, FinishReason, TokenLogprobs
 from llmopt.engine.request import Request
@@ -17,8 +19,39 @@ class Generation:
         self.end_ids: frozenset[int] = frozenset() if params.ignore_eos else tokenizer.eos_ids
         self.detokenizer = Detokenizer(tokenizer, params)
 
-    def advance(self, token_id: int, logprobs: TokenLogprobs | None) -> Delta:
-        """Append a sampled token."""
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.max_tokens - self.request.output_length
+
+    def advance(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> Delta:
+        """Append the tokens of a step, up to the one that ends the text; those behind it are dropped."""
+        request, before = self.request, self.request.output_length
+        text = ""
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        for token_id in token_ids:
+            added, reason, stop_reason = self._append(token_id)
+            text += added
+            if reason is not None:
+                break
+        count = request.output_length - before
+        reports = [report for report in logprobs[:count] if report is not None]
+        return Delta(
+            request_id=request.id,
+            text=text,
+            token_ids=list(token_ids[:count]),
+            logprobs=reports if request.params.logprobs is not None else None,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            prompt_tokens=request.prompt_length,
+            output_tokens=request.output_length,
+            prompt_logprobs=request.prompt_logprobs if before == 0 else None,
+            cached_tokens=request.cached_tokens,
+        )
+
+    def _append(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """Append a token: the text that is certain by it, and the finish and stop reason that it brings."""
         request = self.request
         request.tokens.append(token_id)
         stop_reason: str | int | None
@@ -28,21 +61,10 @@ class Generation:
         else:
             text = self.detokenizer.add(token_id, request.output_length > request.params.min_tokens)
         if self.detokenizer.stopped_by is not None:
-            reason, stop_reason = "stop", self.detokenizer.stopped_by
-        elif reason is not None:
+            return text, "stop", self.detokenizer.stopped_by
+        if reason is not None:
             text += self.detokenizer.finish()
-        return Delta(
-            request_id=request.id,
-            text=text,
-            token_ids=[token_id],
-            logprobs=None if logprobs is None else [logprobs],
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            prompt_tokens=request.prompt_length,
-            output_tokens=request.output_length,
-            prompt_logprobs=request.prompt_logprobs if request.output_length == 1 else None,
-            cached_tokens=request.cached_tokens,
-        )
+        return text, reason, stop_reason
 
     def _end_by_token(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         """The finish reason that a token brings, and the token itself where it was a stop token of the request."""

@@ -8,13 +8,15 @@ from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.outputs import CompletionOutput, Delta, RequestOutput
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.speculation.config import SpeculativeConfig
 from llmopt.errors import InputError
 
 Prompt = str | list[int]
 
 
 class LLM:
-    """A model in this process. Options are the fields of `EngineConfig`, which are the flags of `llmopt serve`.
+    """A model in this process. Options are the fields of `EngineConfig`, which are the flags of `llmopt serve`;
+    `speculative_config` may be a dict of its keys.
 
     Example:
         >>> llm = LLM("smollm2", max_num_seqs=8)
@@ -22,6 +24,9 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
+        speculation = options.get("speculative_config")
+        if isinstance(speculation, Mapping):
+            options["speculative_config"] = SpeculativeConfig.of(speculation)
         self.engine = Engine(EngineConfig(model=model, **options))
         self._requests = 0
 

@@ -50,6 +50,23 @@ class Delta:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class SpeculationStats:
+    """What became of drafted tokens since the start of the process.
+
+    Attributes:
+        drafts: how often tokens were drafted for a request and verified.
+        draft_tokens: how many were, in all.
+        accepted_tokens: how many of them the target chose too.
+        accepted_by_position: how many of those were drafted as the first of a draft, as the second, and so on.
+    """
+
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    accepted_by_position: list[int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """The engine's state after a step; counters count from the start of the process.
@@ -57,6 +74,7 @@ class EngineStats:
     Attributes:
         used_blocks, cached_blocks: in requests' tables, and kept for requests to come; the rest of the total is free.
         prefix_cache_queries, prefix_cache_hits: prompt tokens that were looked for in the cache, and those found.
+        speculation: None where nothing is drafted.
     """
 
     running: int
@@ -70,6 +88,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     steps: int
+    speculation: SpeculationStats | None = None
 
     @property
     def kv_cache_usage(self) -> float:

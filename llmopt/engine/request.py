@@ -16,6 +16,8 @@ class Request:
         tokens: the tokens known: the prompt, then the output.
         computed: how many of them have their keys and values in the cache. A step closes the gap between the two,
             whether it comes from a new prompt, from one sampled token or from having been preempted.
+        ahead: how many tokens after the known ones are to be drafted and verified in the next step, if there is room.
+        drafts: those that the step in hand verifies, or none. They are not known: what does not turn out so is gone.
         blocks: its block table, the numbers of the cache blocks it holds, in order; 32-bit integers, which a batch
             takes over without looking at each.
         keys: by what its full blocks are found again (`BlockKeys`); none where nothing is to be found again.
@@ -50,6 +52,8 @@ class Request:
         self.prompt_length = len(prompt)
         self.tokens = list(prompt)
         self.computed = 0
+        self.ahead = 0
+        self.drafts: list[int] = []
         self.blocks: MutableSequence[int] = array("i")
         self.keys: list[bytes] = []
         self.cache_salt = cache_salt

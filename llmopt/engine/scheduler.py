@@ -3,7 +3,9 @@
 There is one rule. A request has a number of tokens *known* and a number *computed*; each step spends a budget of tokens
 on closing these gaps, running requests first, in the order of their rank (priority, then arrival). A new prompt, a
 chunk of a long one, one decoded token and the recomputation after a preemption are all the same thing under that rule
-(Agrawal et al. 2023, arXiv:2308.16369); with a prefix that is found in the cache, `computed` begins higher.
+(Agrawal et al. 2023, arXiv:2308.16369); with a prefix that is found in the cache, `computed` begins higher. Tokens that
+somebody has drafted make the gap longer, where budget and blocks are left over, and are taken back if they turn out
+wrong: they take nothing from anybody.
 
 What is promised to requests, as long as each of them ends some time:
 - Every one gets in, unless there is no end of those with a higher priority. One that does not fit now lets those behind
@@ -30,20 +32,27 @@ MOST_PASSED = 8
 
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens of one request that a step computes: `count` of them from position `start`."""
+    """The tokens of one request that a step computes: `count` of them from position `start`, of which the last
+    `drafted` are not known but drafted."""
 
     request: Request
     start: int
     count: int
+    drafted: int = 0
 
     @property
     def tokens(self) -> list[int]:
-        return self.request.tokens[self.start : self.start + self.count]
+        """The tokens themselves; the drafted ones must be there by now."""
+        request, end = self.request, self.start + self.count
+        known = request.tokens[self.start : end]
+        if len(known) == self.count:
+            return known
+        return known + request.drafts[max(0, self.start - request.known) : end - request.known]
 
     @property
     def closes_gap(self) -> bool:
         """Whether the request's last known token is among them, so that the next one can be sampled."""
-        return self.start + self.count == self.request.known
+        return self.start + self.count - self.drafted == self.request.known
 
 
 class Scheduler:
@@ -86,12 +95,20 @@ class Scheduler:
                 budget = self._spend(request, budget, chunks)
         if self.preemptions == preemptions:
             self._admit(budget, chunks)
+        self._lengthen(chunks)
         return chunks
 
     def retire(self, chunks: list[Chunk]) -> None:
-        """Note that a step has been computed."""
+        """Note that a step has been computed, and that what was chosen in it has been appended to the known tokens.
+
+        Drafted tokens have been computed where they are known now. What the others were written to is as good as empty.
+        """
         for chunk in chunks:
-            chunk.request.computed = chunk.start + chunk.count
+            request = chunk.request
+            request.computed = min(chunk.start + chunk.count, request.known - 1)  # the last was chosen, not computed
+            if chunk.drafted:
+                request.drafts = []
+                self.pool.release(request.blocks, keep=self.pool.blocks_for(request.known))
             if self.keys is not None:
                 self._name_blocks(chunk, self.keys)
 
@@ -119,7 +136,7 @@ class Scheduler:
         while not self.pool.grow(request.blocks, request.known):
             last = self.running.pop()
             self.pool.release(last.blocks)
-            last.computed = 0
+            last.computed = last.ahead = 0
             last.preemptions += 1
             insort(self.waiting, last, key=_rank)
             self.preemptions += 1
@@ -165,6 +182,16 @@ class Scheduler:
             self.queried += request.known
             self.found += request.computed
         return True
+
+    def _lengthen(self, chunks: list[Chunk]) -> None:
+        """Spend what is left of the budget on tokens that are to be drafted, in blocks that nobody holds."""
+        budget = self.max_num_batched_tokens - sum(chunk.count for chunk in chunks)
+        for place, chunk in enumerate(chunks):
+            request = chunk.request
+            count = min(request.ahead, budget) if chunk.closes_gap else 0
+            if count > 0 and self.pool.grow(request.blocks, request.known + count):
+                chunks[place] = Chunk(request, chunk.start, chunk.count + count, drafted=count)
+                budget -= count
 
     def _is_under_way(self, request: Request, place: int) -> bool:
         """Whether a running request that ranks before this one is going to compute the same block at this place."""

@@ -28,3 +28,17 @@ class TokenCounts:
             if position >= prompt_length:
                 self.counts[place] += 1
         self._counted = len(tokens)
+
+    def followed_by(self, drafts: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """`tokens` and `counts` as they would be with these next in the output; nothing changes here."""
+        if not drafts:
+            return self.tokens, self.counts
+        tokens, counts, places = self.tokens[:], self.counts[:], dict[int, int]()
+        for token in drafts:
+            place = self._places.get(token, places.get(token, len(tokens)))
+            if place == len(tokens):
+                places[token] = place
+                tokens.append(token)
+                counts.append(0)
+            counts[place] += 1
+        return tokens, counts

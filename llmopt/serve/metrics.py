@@ -4,6 +4,7 @@ The latencies are taken where the API process receives the engine's deltas, befo
 """
 
 import time
+from collections import defaultdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -33,7 +34,18 @@ class Metrics:
             "prefix_cache_queries": self._counter("prefix_cache_queries", "Prompt tokens looked for in the KV cache."),
             "prefix_cache_hits": self._counter("prefix_cache_hits", "Prompt tokens found in the KV cache."),
         }
-        self._last = dict.fromkeys(self._of_engine, 0)
+        self._of_speculation = {  # the same of SpeculationStats
+            "drafts": self._counter("spec_decode_num_drafts", "Drafts that were verified."),
+            "draft_tokens": self._counter("spec_decode_num_draft_tokens", "Tokens in them."),
+            "accepted_tokens": self._counter("spec_decode_num_accepted_tokens", "Those of them that were accepted."),
+        }
+        self._by_position = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted tokens by their place in the draft, the first being 0.",
+            (*_LABELS, "position"),
+            registry=self._registry,
+        )
+        self._last: dict[str, int] = defaultdict(int)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._success = Counter("vllm:request_success", "Finished requests.", (*_LABELS, "finished_reason"),
@@ -57,9 +69,18 @@ class Metrics:
         self.waiting.set(stats.waiting)
         self.cache_usage.set(stats.kv_cache_usage)
         for name, counter in self._of_engine.items():
-            now = getattr(stats, name)
-            counter.inc(now - self._last[name])
-            self._last[name] = now
+            self._advance(name, counter, getattr(stats, name))
+        if stats.speculation is not None:
+            for name, counter in self._of_speculation.items():
+                self._advance(name, counter, getattr(stats.speculation, name))
+            for place, count in enumerate(stats.speculation.accepted_by_position):
+                labelled = self._by_position.labels(*self._labels, str(place))
+                self._advance(f"accepted at {place}", labelled, count)
+
+    def _advance(self, name: str, counter: Counter, now: int) -> None:
+        """Let a counter go on to where the engine's own has come."""
+        counter.inc(now - self._last[name])
+        self._last[name] = now
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""

@@ -6,6 +6,7 @@ from llmopt.bench.in_process import Case, bench_model, grid, measure, run_round,
 from llmopt.bench.machine import cpu_name, describe_machine, float32_flops, read_bandwidth
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
+from llmopt.engine.speculation.config import SpeculativeConfig
 from llmopt.errors import InputError, LlmoptError
 from llmopt.progress import silent
 
@@ -81,6 +82,20 @@ def test_the_whole_report(folder, monkeypatch):
         assert 0 < speed["min"] <= speed["median"] <= speed["max"]
     assert set(report["machine"]) == {"cpu", "cores", "memory_gb_per_s", "float32_gflops", "gpu"}
     assert report["weight_bytes"] == weight_bytes(folder) > 10_000
+
+
+def test_the_report_says_what_became_of_drafts(folder, monkeypatch):
+    monkeypatch.setattr("llmopt.bench.machine.PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("llmopt.bench.machine.PROBE_SIZE", 64)
+    drafting = SpeculativeConfig(method="ngram", prompt_lookup_max=1, num_speculative_tokens=3)
+    options = {"backend": "reference", "speculative_config": drafting}
+    report = bench_model(folder, grid([60], [1, 60], [2]), 2, seed=0, progress=silent, **options)
+    prefill, also, decode = report["runs"]
+    assert "speculation" not in prefill and "speculation" not in also
+    drafted = decode["speculation"]
+    assert drafted["draft_tokens"] >= drafted["accepted_tokens"] == sum(drafted["accepted_by_position"])
+    assert drafted["draft_tokens"] >= drafted["drafts"] > 0
+    assert len(drafted["accepted_by_position"]) == 3
 
 
 def test_the_machine_has_a_name_and_limits():

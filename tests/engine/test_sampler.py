@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.engine.params import SamplingParams
 from llmopt.engine.request import Request
+from llmopt.engine.row import Row
 from llmopt.engine.sampler import Sampler, uniform
 from llmopt.engine.token_rules import TokenRules
 
@@ -29,7 +30,7 @@ def make_request(seed: int = 0, tokens: tuple[int, ...] = (1, 2), output: tuple[
 
 
 def sample(logits: torch.Tensor, *requests: Request):
-    return Sampler(ReferenceBackend())(logits.clone(), list(requests))
+    return Sampler(ReferenceBackend())(logits.clone(), [Row(request) for request in requests])
 
 
 def frequencies(logits: torch.Tensor, draws: int = 3000, **params) -> dict[int, float]:

@@ -28,9 +28,9 @@ def run_step(scheduler: Scheduler) -> list[Chunk]:
     """Compute a step with a model that always says 7."""
     chunks = scheduler.schedule()
     closing = [chunk.request for chunk in chunks if chunk.closes_gap]
-    scheduler.retire(chunks)
     for request in closing:
         request.tokens.append(7)
+    scheduler.retire(chunks)
     return chunks
 
 
@@ -47,7 +47,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory: dict[tuple[int, int], tuple] = {}
         self.added = self.steps = 0
         self.passed: Counter[str] = Counter()  # how many got in before a request that ranks before them
-        self.returned: dict[str, int] = {}  # in which step preempted ones came back, until another comes in
+        self.tokens = 0  # the most that any request got in each step, summed
+        self.returned: dict[str, int] = {}  # at how many tokens preempted ones came back, until another comes in
 
     @initialize(caching=st.sampled_from([True, True, False]), budget=st.integers(4, 40), prioritized=st.booleans())
     def begin(self, caching: bool, budget: int, prioritized: bool) -> None:
@@ -80,7 +81,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self._step()
 
-    def _step(self) -> None:
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), drafted=st.integers(0, 6), accepted=st.integers(0, 6))
+    def speculate(self, data, drafted: int, accepted: int) -> None:
+        """Tokens are drafted for one of those that run, and some of them accepted."""
+        request = self.live[data.draw(st.sampled_from(sorted(self.live)))]
+        if request in self.scheduler.running:
+            request.ahead = max(0, min(drafted, LONGEST - 1 - request.known))
+            self._step({request.id: accepted})
+            request.ahead = 0
+
+    def _step(self, accepted: dict[str, int] | None = None) -> None:
         self.steps += 1
         waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
         chunks = self.scheduler.schedule()
@@ -91,14 +102,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in chunks:
             self._check_chunk(chunk)
         for chunk in chunks:
+            chunk.request.drafts = [8] * chunk.drafted
             self._write(chunk)
+        got = {chunk.request.id: self._append(chunk, accepted or {}) for chunk in chunks}
         self.scheduler.retire(chunks)
-        for chunk in chunks:
-            if chunk.closes_gap:
-                chunk.request.tokens.append(7)
-                if chunk.request.known > LONGEST:
-                    self._drop(chunk.request.id)
+        self.tokens += max(got.values(), default=0)
+        for request in [chunk.request for chunk in chunks]:
+            assert len(request.blocks) <= max(self.scheduler.pool.blocks_for(request.known), 1)
+            if request.known > LONGEST:
+                self._drop(request.id)
         self.scheduler.check()
+
+    def _append(self, chunk: Chunk, accepted: dict[str, int]) -> int:
+        """Append what a model that says 8 to so many drafts, and else 7, has chosen; how many tokens that are."""
+        if not chunk.closes_gap:
+            return 0
+        count = min(accepted.get(chunk.request.id, 0), chunk.drafted)
+        chunk.request.tokens += [8] * count + [7]
+        return count + 1
 
     def _check_who_runs(self, waiting: list[Request], running: list[Request]) -> None:
         let_in = [request for request in self.scheduler.running if request in waiting]
@@ -107,17 +128,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert preempted == [] or max(preempted, key=lambda r: r.rank) is max(running, key=lambda r: r.rank)
         for request in preempted:
             since = self.returned.pop(request.id, None)
-            assert since is None or self.steps - since > BLOCK_SIZE, "in and out in a circle"
+            assert since is None or self.tokens - since >= BLOCK_SIZE, "in and out in a circle"
         for request in let_in:
             self.passed.update(other.id for other in self.scheduler.waiting if other.rank < request.rank)
-            self.returned = {request.id: self.steps} if request.preemptions else {}
+            self.returned = {request.id: self.tokens} if request.preemptions else {}
         assert max(self.passed.values(), default=0) <= MOST_OVERTAKEN
 
     def _check_chunk(self, chunk: Chunk) -> None:
         request = chunk.request
         assert chunk.count > 0
         assert chunk.start == request.computed
-        assert chunk.start + chunk.count <= request.known
+        assert chunk.start + chunk.count <= request.known + request.ahead
+        assert chunk.closes_gap or not chunk.drafted
         assert len(request.blocks) * BLOCK_SIZE >= chunk.start + chunk.count
         for position in range(chunk.start):
             place = request.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
@@ -128,7 +150,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for position in range(chunk.start, chunk.start + chunk.count):
             block = chunk.request.blocks[position // BLOCK_SIZE]
             assert not any(block in other.blocks for other in others), "what is shared is never written"
-            written = (chunk.request.cache_salt, *chunk.request.tokens[: position + 1])
+            text = chunk.request.tokens + chunk.request.drafts
+            written = (chunk.request.cache_salt, *text[: position + 1])
             self.memory[block, position % BLOCK_SIZE] = written
 
     def _drop(self, name: str) -> None:
@@ -426,3 +449,52 @@ def test_the_lowest_priority_is_preempted_however_old_it_is() -> None:
     while not scheduler.preemptions:
         run_step(scheduler)
     assert scheduler.waiting == [old] and scheduler.running == [new]
+
+
+def test_drafted_tokens_take_what_is_left_over_and_are_taken_back() -> None:
+    scheduler = make_scheduler(blocks=8, budget=10)
+    first, second = make_request("first", 7), make_request("second", 3)
+    for request in (first, second):
+        scheduler.add(request)
+    run_step(scheduler)
+    first.ahead, second.ahead = 6, 6
+    chunks = scheduler.schedule()
+    assert [(c.start, c.count, c.drafted) for c in chunks] == [(7, 7, 6), (3, 3, 2)], "8 of the budget are left over"
+    assert (len(first.blocks), len(second.blocks)) == (4, 2)
+    first.drafts, second.drafts = [8] * 6, [8] * 2
+    assert chunks[0].tokens == [7, 8, 8, 8, 8, 8, 8]
+    first.tokens += [8, 8, 7]  # two of them are accepted
+    second.tokens += [7]
+    scheduler.retire(chunks)
+    assert (first.computed, second.computed) == (10, 4)
+    assert (len(first.blocks), len(second.blocks)) == (3, 2)
+    assert first.drafts == second.drafts == []
+    scheduler.check()
+
+
+def test_nobody_is_preempted_or_kept_out_for_drafted_tokens() -> None:
+    scheduler = make_scheduler(blocks=8, budget=40)
+    first = make_request("first", 15)
+    scheduler.add(first)
+    run_step(scheduler)
+    scheduler.add(make_request("second", 16))
+    first.ahead = 6
+    assert [(c.request.id, c.count, c.drafted) for c in scheduler.schedule()] == [("first", 1, 0), ("second", 16, 0)]
+    assert scheduler.preemptions == 0
+    assert scheduler.pool.free == 0
+
+
+def test_only_accepted_tokens_are_found_again() -> None:
+    scheduler = make_scheduler(blocks=40, budget=100, caching=True)
+    first = make_request("first", 3)
+    scheduler.add(first)
+    run_step(scheduler)
+    first.ahead, first.drafts = 9, [8] * 9
+    chunks = scheduler.schedule()
+    first.tokens += [8, 8, 8, 8, 8, 7]  # known: three of the prompt, 7, five accepted, 7
+    scheduler.retire(chunks)
+    scheduler.remove(first)
+    scheduler.add(Request("same", [0, 1, 2, 7, 8, 8, 8, 8, 8, 7, 1, 1, 1], SamplingParams(), 0))
+    assert counts(run_step(scheduler)) == [("same", 8, 5)], "two blocks hold what was accepted"
+    scheduler.add(Request("drafted", [0, 1, 2, 7, *[8] * 9], SamplingParams(), 0))
+    assert ("drafted", 8, 5) in counts(run_step(scheduler)), "and what was drafted and rejected is nowhere"

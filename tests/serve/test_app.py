@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import fields
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from llmopt import __version__
+from llmopt.engine.outputs import EngineStats, SpeculationStats
 from llmopt.errors import InputError
 from llmopt.serve import gate as gate_module
 from llmopt.serve.app import FIELDS, create_app
@@ -217,6 +219,19 @@ def test_metrics_have_vllms_names(api):
     text = api("GET", "/metrics").text
     assert 'vllm:num_requests_running{engine="0",model_name="m"} 0.0' in text
     assert "vllm:e2e_request_latency_seconds_bucket" in text
+
+
+def test_metrics_of_speculation():
+    metrics = Metrics("m")
+    state = {field.name: 1 for field in fields(EngineStats) if field.name != "speculation"}
+    for drafts in (SpeculationStats(2, 8, 5, [2, 2, 1]), None, SpeculationStats(3, 12, 6, [3, 2, 1])):
+        metrics.update(EngineStats(**state, speculation=drafts))
+    text = metrics.render().decode()
+    for name, value in (("drafts", 3), ("draft_tokens", 12), ("accepted_tokens", 6)):
+        assert f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="m"}} {value}.0' in text
+    for place, value in enumerate((3, 2, 1)):
+        labels = f'engine="0",model_name="m",position="{place}"'
+        assert f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {value}.0" in text
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "sesame", "Basic sesame", "Bearer sesamé"])
