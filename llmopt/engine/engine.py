@@ -1,10 +1,11 @@
 """The loop that all of llmopt runs on: schedule, compute, sample, give out."""
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
+from llmopt.engine.admission import admission_of
 from llmopt.engine.batch import Batch, build_batch
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
@@ -29,6 +30,9 @@ class Engine:
     """A model and the requests it works on. `add` puts one in, `step` moves all of them on.
 
     Not safe for several threads: whoever owns the engine calls it from one.
+
+    Attributes:
+        watch: told the name of each phase of a step when it has ended, for whoever wants to know what takes how long.
     """
 
     def __init__(self, config: EngineConfig, progress: Progress = silent) -> None:
@@ -41,8 +45,16 @@ class Engine:
         self.max_model_len = self.runner.plan.max_model_len
         self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
         keys = BlockKeys(config.block_size) if config.enable_prefix_caching else None
-        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens, keys)
+        self.scheduler = Scheduler(
+            self.pool,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            keys,
+            config.prefill_limit(self.runner.backend.device.type),
+            admission_of(config.batching, config.max_num_seqs, config.batching_window_s),
+        )
         self.sampler = Sampler(self.runner.backend)
+        self.watch: Callable[[str], None] = lambda phase: None
         self._generations: dict[str, Generation] = {}
         self._seeds = random.Random(config.seed)
         self._steps = self._prompt_tokens = self._generation_tokens = 0
@@ -100,20 +112,33 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._generations)
 
+    @property
+    def pause(self) -> float:
+        """Seconds for which a step would compute nothing unless something comes: those until a batch that is being
+        gathered begins, else 0."""
+        return self.scheduler.pause
+
     def step(self) -> list[Delta]:
-        """Compute one step of the continuous batch and give out what it added, in the order of arrival."""
+        """Compute one step of the batch and give out what it added, in the order in which it was scheduled."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        self.watch("schedule")
         batch = build_batch(chunks, self.config.block_size, self.runner.backend.device)
-        sampled = self.sampler(self._compute(chunks, batch), batch.sampling)
+        self.watch("build batch")
+        logits = self._compute(chunks, batch)
+        self.watch("compute")
+        sampled = self.sampler(logits, batch.sampling)
+        self.watch("sample")
         self.scheduler.retire(chunks)
+        self.watch("schedule")
         deltas = []
         for request, token, logprobs in zip(batch.sampling, sampled.token_ids, sampled.logprobs, strict=True):
             delta = self._generations[request.id].advance(token, logprobs)
             if delta.finish_reason is not None:
                 self._finish(request)
             deltas.append(delta)
+        self.watch("detokenize")
         self._steps += 1
         self._generation_tokens += len(deltas)
         return deltas

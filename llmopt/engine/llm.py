@@ -1,5 +1,6 @@
 """The engine from Python: `LLM("smollm2").generate(["Once upon a time"])`."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -16,13 +17,16 @@ Prompt = str | list[int]
 class LLM:
     """A model in this process. Options are the fields of `EngineConfig`, which are the flags of `llmopt serve`.
 
+    One default differs: chunked_prefill_size is 0, because all prompts are there from the beginning and nobody watches
+    a stream.
+
     Example:
         >>> llm = LLM("smollm2", max_num_seqs=8)
         >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0))[0].outputs[0].text
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.engine = Engine(EngineConfig(model=model, **options))
+        self.engine = Engine(EngineConfig(model=model, **{"chunked_prefill_size": 0} | options))
         self._requests = 0
 
     def generate(
@@ -77,6 +81,7 @@ class LLM:
             for result, params, priority in work:
                 self._add(result, params, priority, cache_salt, completions)
             while self.engine.has_work:
+                time.sleep(self.engine.pause)
                 steps += 1
                 for delta in self.engine.step():
                     _extend(*completions[delta.request_id], delta)

@@ -5,6 +5,10 @@ on closing these gaps, running requests first, in the order of their rank (prior
 chunk of a long one, one decoded token and the recomputation after a preemption are all the same thing under that rule
 (Agrawal et al. 2023, arXiv:2308.16369); with a prefix that is found in the cache, `computed` begins higher.
 
+Who decodes comes first, so that no prompt takes the budget from a stream; and a step that decodes spends no more than
+`chunked_prefill_size` on prompts, so that none of them makes it long (Agrawal et al. 2024, arXiv:2403.02310). Who of
+those that wait may enter at all is for an admission policy to say (`admission.py`).
+
 What is promised to requests, as long as each of them ends some time:
 - Every one gets in, unless there is no end of those with a higher priority. One that does not fit now lets those behind
   it in before it, but only MOST_OVERTAKEN of them, and none once it has been preempted.
@@ -18,6 +22,7 @@ What is promised to requests, as long as each of them ends some time:
 from bisect import insort
 from dataclasses import dataclass
 
+from llmopt.engine.admission import Admission, Continuous
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
 from llmopt.engine.request import Request
@@ -53,17 +58,28 @@ class Scheduler:
 
     Attributes:
         keys: how full blocks are found again; None computes every request from its beginning.
+        chunked_prefill_size: tokens, beyond one for each stream, of a step in which streams decode; None for no limit
+            but the budget.
+        admission: the policy that says who of those that wait may enter.
         waiting, running: in the order of their rank.
         queried, found: tokens that were looked for in the cache, and those of them that were found.
     """
 
     def __init__(
-        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, keys: BlockKeys | None = None
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        keys: BlockKeys | None = None,
+        chunked_prefill_size: int | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.keys = keys
+        self.chunked_prefill_size = chunked_prefill_size
+        self.admission = admission or Continuous()
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = self.queried = self.found = 0
@@ -74,15 +90,22 @@ class Scheduler:
         request.arrival = self._arrivals
         if self.keys is not None:
             self.keys.catch_up(request)
+        self.admission.add(request)
         insort(self.waiting, request, key=_rank)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty where nothing waits or runs."""
+        """The chunks of the next step; empty where nothing runs and nobody waits that may enter."""
         budget = self.max_num_batched_tokens
         preemptions = self.preemptions
+        # No blocks: preempted a moment ago. Who is kept here stays, since only those behind it are preempted after it.
+        running = [request for request in tuple(self.running) if request.blocks and self._reserve(request)]
         chunks: list[Chunk] = []
-        for request in tuple(self.running):
-            if request.blocks and self._reserve(request):  # no blocks: preempted a moment ago
+        for request in filter(_decodes, running):
+            budget = self._spend(request, budget, chunks)
+        if chunks and self.chunked_prefill_size is not None:
+            budget = min(budget, self.chunked_prefill_size)
+        for request in running:
+            if not _decodes(request):
                 budget = self._spend(request, budget, chunks)
         if self.preemptions == preemptions:
             self._admit(budget, chunks)
@@ -101,7 +124,13 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
+        self.admission.remove(request)
         self.pool.release(request.blocks)
+
+    @property
+    def pause(self) -> float:
+        """Seconds for which there is nothing to compute, unless something is added or removed."""
+        return 0.0 if self.running else self.admission.pause(self.waiting)
 
     def check(self) -> None:
         """Raise LlmoptError unless every block is accounted for."""
@@ -130,7 +159,7 @@ class Scheduler:
     def _admit(self, budget: int, chunks: list[Chunk]) -> None:
         """Let in whom there is room for, in order, and spend what is left of the budget on them."""
         passed: list[Request] = []  # those that did not get in
-        for request in self.waiting[: self.max_num_seqs + MOST_PASSED]:
+        for request in self.admission.select(self.waiting)[: self.max_num_seqs + MOST_PASSED]:
             if budget == 0 or len(self.running) == self.max_num_seqs:
                 return
             if len(passed) == MOST_PASSED or any(_must_be_next(one) for one in passed):
@@ -182,6 +211,11 @@ class Scheduler:
             keys.catch_up(request)
             for place in range(first, last):
                 self.pool.name(request.blocks[place], request.keys[place])
+
+
+def _decodes(request: Request) -> bool:
+    """Whether nothing but the token sampled last is still to be computed."""
+    return request.known - request.computed == 1
 
 
 def _must_be_next(request: Request) -> bool:

@@ -40,17 +40,17 @@ def test_messages_survive_any_cut_of_the_stream(sizes):
         for size in sizes:
             ours.sendall(stream[:size])
             stream = stream[size:]
-            received += connection.receive(wait=False)
+            received += connection.receive(0)
         ours.sendall(stream)
         while len(received) < len(MESSAGES):
-            received += connection.receive(wait=True)
+            received += connection.receive(None)
     assert received == MESSAGES
 
 
 def test_receive_without_wait_returns_at_once():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert EngineSocket(theirs).receive(wait=False) == []
+        assert EngineSocket(theirs).receive(0) == []
 
 
 @pytest.mark.parametrize("wait", [True, False])
