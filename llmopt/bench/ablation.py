@@ -17,7 +17,8 @@ from llmopt.progress import Progress
 
 ALL_ON = "all on"
 LOAD = {"num_prompts": 48, "input_len": 192, "output_len": 48, "random_range_ratio": 0.75, "random_prefix_len": 128}
-"""The load where nothing else is said: lengths that differ, after a beginning that is the same, as a system prompt is."""
+"""The load where nothing else is said: lengths that differ, after a beginning that is common to all, as a system prompt
+is."""
 SHARE_OF_CAPACITY = 0.7
 """Where no rate is given, requests come at this share of what the engine does when all come at once: enough to fill
 batches, and not so much that a queue grows without end and its length is all that is seen."""

@@ -64,7 +64,9 @@ def run_load(
         due: seconds after the start, float64 [len(prompts)], rising.
         max_concurrency: requests in flight at most; with all due at once, whoever gets an answer asks again.
     """
-    contents = [engine.tokenizer.encode(one.content) if isinstance(one.content, str) else one.content for one in prompts]
+    contents = [
+        engine.tokenizer.encode(one.content) if isinstance(one.content, str) else one.content for one in prompts
+    ]
     slots = max_concurrency or len(prompts)
     closed_loop = max_concurrency is not None and not due.any()
     start = time.perf_counter()

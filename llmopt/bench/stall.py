@@ -68,9 +68,7 @@ def stall(
     begun: set[str] = set()
     while len(begun) < streams:
         begun.update(delta.request_id for delta in engine.step())
-    quiet: list[float] = []
-    for _ in range(QUIET_STEPS):
-        quiet.append(_timed_step(engine, streams)[0])
+    quiet = [_step(engine, streams)[0] for _ in range(QUIET_STEPS)]
     vocabulary = min(engine.model_config.vocab_size, engine.tokenizer.vocab_size)
     (prompt,) = random_tokens(1, prompt_len, vocabulary, engine.tokenizer.special_ids, rng)
     arrival = time.perf_counter()
@@ -78,10 +76,10 @@ def stall(
     gaps: list[float] = []
     answered = False
     while not answered:
-        seconds, answered = _timed_step(engine, streams)
+        seconds, answered = _step(engine, streams)
         gaps.append(seconds)
         long = next((one for one in engine.scheduler.running if one.id == LONG), None)
-        progress(phase, long.computed if long else prompt_len, prompt_len)
+        progress(phase, prompt_len if long is None else long.computed, prompt_len)
     ttft = time.perf_counter() - arrival
     for request in list(engine.scheduler.running):
         engine.abort(request.id)
@@ -94,12 +92,14 @@ def stall(
     }
 
 
-def _timed_step(engine: Engine, streams: int) -> tuple[float, bool]:
-    """Seconds of a step, and whether the long prompt was answered in it."""
+def _step(engine: Engine, streams: int) -> tuple[float, bool]:
+    """Seconds of a step, which all streams wait for, and whether the long prompt was answered in it."""
     start = time.perf_counter()
     deltas = engine.step()
     seconds = time.perf_counter() - start
     answered = any(delta.request_id == LONG for delta in deltas)
     if len(deltas) - answered != streams:
-        raise LlmoptError(f"a step gave {len(deltas) - answered} of {streams} streams a token; give a larger cache")
+        raise LlmoptError(
+            f"a step gave {len(deltas) - answered} of {streams} streams a token: there is no room for all"
+        )
     return seconds, answered

@@ -99,8 +99,8 @@ def _load(configure: Configure) -> "Engine":
 def serve_requests(engine: "Engine", connection: EngineSocket, messages: list[ToEngine]) -> None:
     """The engine's loop: take in what has come, compute a step, give out what it added.
 
-    Sleeps on the socket when there is nothing to compute, or nothing yet. Only ends by an exception: EOFError or OSError when the API
-    process is gone.
+    Sleeps on the socket when there is nothing to compute, or nothing yet. Only ends by an exception: EOFError or
+    OSError when the API process is gone.
     """
     while True:
         for message in messages:

@@ -49,9 +49,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.passed: Counter[str] = Counter()  # how many got in before a request that ranks before them
         self.returned: dict[str, int] = {}  # in which step preempted ones came back, until another comes in
 
-    @initialize(caching=st.sampled_from([True, True, False]), budget=st.integers(4, 40), prioritized=st.booleans())
-    def begin(self, caching: bool, budget: int, prioritized: bool) -> None:
+    @initialize(
+        caching=st.sampled_from([True, True, False]),
+        budget=st.integers(4, 40),
+        chunk=st.sampled_from([None, 1, 3, 8]),
+        prioritized=st.booleans(),
+    )
+    def begin(self, caching: bool, budget: int, chunk: int | None, prioritized: bool) -> None:
         self.scheduler = make_scheduler(budget=budget, caching=caching)
+        self.scheduler.chunked_prefill_size = chunk
         self.prioritized = prioritized
 
     @rule(
@@ -83,10 +89,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _step(self) -> None:
         self.steps += 1
         waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
+        decoding = [request for request in running if request.known - request.computed == 1]
         chunks = self.scheduler.schedule()
         self._check_who_runs(waiting, running)
         assert sum(chunk.count for chunk in chunks) <= self.scheduler.max_num_batched_tokens
         assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+        self._check_streams(decoding, chunks)
         assert bool(chunks) == bool(self.live), "work that is there must go on"
         for chunk in chunks:
             self._check_chunk(chunk)
@@ -112,6 +120,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.passed.update(other.id for other in self.scheduler.waiting if other.rank < request.rank)
             self.returned = {request.id: self.steps} if request.preemptions else {}
         assert max(self.passed.values(), default=0) <= MOST_OVERTAKEN
+
+    def _check_streams(self, decoding: list[Request], chunks: list[Chunk]) -> None:
+        """Every stream goes on unless it was preempted, and prompts take no more beside streams than they may."""
+        going = [request for request in decoding if request in self.scheduler.running]
+        computed = {chunk.request.id: chunk.count for chunk in chunks}
+        assert all(computed.get(request.id) == 1 for request in going)
+        limit = self.scheduler.chunked_prefill_size
+        if going and limit is not None:
+            assert sum(computed.values()) - len(going) <= limit
 
     def _check_chunk(self, chunk: Chunk) -> None:
         request = chunk.request
@@ -154,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """All that is still there comes to its end, in the steps that it would take one after the other, twice."""
-        end = self.steps + 2 * len(self.live) * (LONGEST + LONGEST // 4)
+        end = self.steps + 2 * len(self.live) * (2 * LONGEST + LONGEST // 4)
         while self.live:
             self._step()
             assert self.steps <= end
@@ -179,6 +196,47 @@ def test_running_requests_decode_beside_a_new_prompt() -> None:
     run_step(scheduler)
     scheduler.add(make_request("new", 20))
     assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("old", 1), ("new", 9)]
+
+
+def decoding(scheduler: Scheduler, *names: str) -> list[Request]:
+    """Requests that have been taken in and decode."""
+    requests = [make_request(name, 3) for name in names]
+    for request in requests:
+        scheduler.add(request)
+    run_step(scheduler)
+    return requests
+
+
+def test_a_step_that_decodes_takes_in_no_more_of_prompts_than_the_chunk_size() -> None:
+    scheduler = make_scheduler(budget=20)
+    scheduler.chunked_prefill_size = 6
+    old, other = decoding(scheduler, "old", "other")
+    scheduler.add(make_request("new", 9))
+    scheduler.add(make_request("next", 9))
+    steps = [[(c.request.id, c.count) for c in run_step(scheduler)] for _ in range(4)]
+    streams = [("old", 1), ("other", 1)]
+    assert steps[0] == [*streams, ("new", 6)]
+    assert steps[1] == [*streams, ("new", 3), ("next", 3)]
+    assert steps[2] == [*streams, ("new", 1), ("next", 6)]
+    scheduler.remove(old)
+    scheduler.remove(other)
+
+
+def test_a_step_in_which_nothing_decodes_spends_its_whole_budget_on_prompts() -> None:
+    scheduler = make_scheduler(budget=20)
+    scheduler.chunked_prefill_size = 6
+    scheduler.add(make_request("one", 9))
+    scheduler.add(make_request("two", 9))
+    assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("one", 9), ("two", 9)]
+
+
+def test_a_prompt_takes_no_tokens_from_a_stream_however_early_it_came() -> None:
+    scheduler = make_scheduler(budget=6)
+    scheduler.add(make_request("stream", 3, priority=1))
+    run_step(scheduler)
+    scheduler.add(make_request("prompt", 20, priority=0))
+    for _ in range(3):
+        assert ("stream", 1) in [(c.request.id, c.count) for c in run_step(scheduler)]
 
 
 def test_the_newest_is_preempted_and_recomputed_and_the_oldest_never_waits() -> None:
