@@ -89,6 +89,7 @@ def bench_ablation(
         "machine": machine,
         "engine": engine_options,
         "repeats": repeats,
+        "num_prompts": workload.num_prompts,
         **workload.describe(),
         "rows": rows,
     }

@@ -68,7 +68,7 @@ def random_prompts(
         (prefix,) = random_tokens(1, prefix_len, loaded.vocab_size, loaded.special_ids, rng)
         drawn = [prefix + cut for cut in _cut(tokens, input_len, range_ratio, rng)]
     outputs = rng.choice(_lengths(output_len, range_ratio), size=count).tolist()
-    contents = [" ".join(words) for words in drawn] if tokenizer is None else drawn
+    contents: list[Any] = [" ".join(words) for words in drawn] if tokenizer is None else drawn
     return [Prompt(content, length) for content, length in zip(contents, outputs, strict=True)]
 
 

@@ -93,13 +93,13 @@ def show_stall(result: dict[str, Any], json_file: str | None) -> None:
     out = console.output(json_file)
     title = f"{result['model']}: {result['streams']} streams decode and a prompt of {result['prompt_len']} tokens comes"
     table = Table("prompt taken in", title=Text(title))
-    for heading in ("tokens a step", "usual gap", "worst gap", "worst / usual", "TTFT of the prompt"):
+    for heading in ("tokens/step", "usual gap", "worst gap", "ratio", "TTFT"):
         table.add_column(heading, justify="right")
     for row in result["rows"]:
         values = (f"{row[name]['median']:.1f}" for name in ("median_ms", "worst_ms", "ratio", "ttft_ms"))
         table.add_row(row["name"], str(row["largest_chunk"]), *values)
     out.print(table)
-    out.print(f"Gaps between the tokens of a stream and TTFT in ms, medians of {result['repeats']} rounds.")
+    out.print(f"Gaps between a stream's tokens, and TTFT of the prompt, in ms; medians of {result['repeats']} rounds.")
     out.print(_machine(result), highlight=False)
 
 

@@ -208,7 +208,7 @@ def decoding(scheduler: Scheduler, *names: str) -> list[Request]:
 
 
 def test_a_step_that_decodes_takes_in_no_more_of_prompts_than_the_chunk_size() -> None:
-    scheduler = make_scheduler(budget=20)
+    scheduler = make_scheduler(blocks=16, budget=20)
     scheduler.chunked_prefill_size = 6
     old, other = decoding(scheduler, "old", "other")
     scheduler.add(make_request("new", 9))
