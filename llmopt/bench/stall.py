@@ -44,7 +44,6 @@ def bench_stall(
         "rows": [
             {
                 "name": name,
-                "largest_chunk": engine.scheduler.chunked_prefill_size or engine.config.max_num_batched_tokens,
                 **{key: spread([one[key] for one in found[name]]) for key in found[name][0]},
             }
             for name, engine in engines.items()
@@ -59,7 +58,7 @@ def stall(
 
     Returns:
         median_ms: of the gaps before the prompt came; worst_ms: the longest gap from then until its first token;
-        ratio: worst / median; ttft_ms: of the prompt.
+        ratio: worst / median; ttft_ms: of the prompt; steps: that took it in.
 
     Raises LlmoptError where a stream got no token in a step, so that steps are not what its reader waits for.
     """
@@ -89,6 +88,7 @@ def stall(
         "worst_ms": 1e3 * max(gaps),
         "ratio": max(gaps) / usual,
         "ttft_ms": 1e3 * ttft,
+        "steps": len(gaps),
     }
 
 

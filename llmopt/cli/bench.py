@@ -75,7 +75,7 @@ def bench(
     max_num_batched_tokens: Annotated[int, _here(help="Tokens computed in one step, at most.")] = 2048,
     chunked_prefill_size: Annotated[
         int | None,
-        _here(help="Tokens of prompts in a step that also decodes, at most; 0 for no limit of its own."),
+        _here(help="Tokens of prompts in a step that also decodes, at most; see serve."),
     ] = None,
     max_num_seqs: Annotated[int, _here(help="Requests that run at once, of a load.")] = 64,
     batching: Annotated[BatchingName, _here(help="When a request is let in, of a load.")] = "continuous",

@@ -48,7 +48,7 @@ def serve(
         int | None,
         typer.Option(
             help="Tokens of prompts in a step that also decodes, at most, so that a long prompt does not stall running "
-            "streams; 0 for no limit of its own.  [32 on a CPU, else 0]"
+            "streams; 0 for no limit of its own. By default on a CPU what keeps a step under three times as long."
         ),
     ] = None,
     batching: Annotated[

@@ -20,8 +20,6 @@ _CHOICES = {
     "scheduling_policy": SchedulingPolicyName,
     "batching": BatchingName,
 }
-CPU_CHUNK = 32
-"""The default of chunked_prefill_size on CPUs (docs/engine.md says how it was found)."""
 BATCHING_WINDOW = 100.0
 """The default of batching_window, in milliseconds."""
 
@@ -45,8 +43,9 @@ class EngineConfig:
         max_num_seqs: requests that run at once.
         max_num_batched_tokens: the token budget of a step.
         chunked_prefill_size: tokens of prompts that a step takes in, at most, while streams decode in it; 0 for no
-            limit but max_num_batched_tokens. None is CPU_CHUNK on a CPU, where every token makes a step longer, and 0
-            on a GPU, where a step of this size waits for memory anyway.
+            limit but max_num_batched_tokens. None is 0 on a GPU, where a step of this size waits for memory anyway; on
+            a CPU, where every token makes a step longer, the more the more streams there are and the less the further
+            down the prompt, so that a step stays under three times as long (`prefill_pace.py`).
         batching: continuous lets requests in at every step. static takes those that wait, at most max_num_seqs, and
             nobody else before all of them have ended; dynamic also waits for more of them first.
         batching_window: milliseconds that dynamic waits, at most, for a batch to fill; None for BATCHING_WINDOW.
@@ -100,10 +99,3 @@ class EngineConfig:
     @property
     def batching_window_s(self) -> float:
         return (BATCHING_WINDOW if self.batching_window is None else self.batching_window) / 1e3
-
-    def prefill_limit(self, device: str) -> int | None:
-        """chunked_prefill_size as it is on a device of this type; None for no limit."""
-        size = self.chunked_prefill_size
-        if size is None and device == "cpu":
-            return CPU_CHUNK
-        return size or None

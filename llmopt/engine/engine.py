@@ -13,6 +13,7 @@ from llmopt.engine.config import EngineConfig
 from llmopt.engine.generation import Generation
 from llmopt.engine.outputs import Delta, EngineStats
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.prefill_pace import pace_of
 from llmopt.engine.prompt_logprobs import due_tokens, report_prompts
 from llmopt.engine.request import Request
 from llmopt.engine.runner import Runner
@@ -50,7 +51,7 @@ class Engine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             keys,
-            config.prefill_limit(self.runner.backend.device.type),
+            pace_of(config.chunked_prefill_size, self.runner.backend.device.type, source.config),
             admission_of(config.batching, config.max_num_seqs, config.batching_window_s),
         )
         self.sampler = Sampler(self.runner.backend)

@@ -5,9 +5,9 @@ on closing these gaps, running requests first, in the order of their rank (prior
 chunk of a long one, one decoded token and the recomputation after a preemption are all the same thing under that rule
 (Agrawal et al. 2023, arXiv:2308.16369); with a prefix that is found in the cache, `computed` begins higher.
 
-Who decodes comes first, so that no prompt takes the budget from a stream; and a step that decodes spends no more than
-`chunked_prefill_size` on prompts, so that none of them makes it long (Agrawal et al. 2024, arXiv:2403.02310). Who of
-those that wait may enter at all is for an admission policy to say (`admission.py`).
+Who decodes comes first, so that no prompt takes the budget from a stream; and a step that decodes takes in prompts at a
+pace (`prefill_pace.py`), so that none of them makes it long (Agrawal et al. 2024, arXiv:2403.02310). Who of those that
+wait may enter at all is for an admission policy to say (`admission.py`).
 
 What is promised to requests, as long as each of them ends some time:
 - Every one gets in, unless there is no end of those with a higher priority. One that does not fit now lets those behind
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from llmopt.engine.admission import Admission, Continuous
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
+from llmopt.engine.prefill_pace import PrefillPace
 from llmopt.engine.request import Request
 
 MOST_OVERTAKEN = 16
@@ -58,8 +59,7 @@ class Scheduler:
 
     Attributes:
         keys: how full blocks are found again; None computes every request from its beginning.
-        chunked_prefill_size: tokens, beyond one for each stream, of a step in which streams decode; None for no limit
-            but the budget.
+        pace: of prompts in a step in which streams decode; None for no limit but the budget.
         admission: the policy that says who of those that wait may enter.
         waiting, running: in the order of their rank.
         queried, found: tokens that were looked for in the cache, and those of them that were found.
@@ -71,14 +71,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         keys: BlockKeys | None = None,
-        chunked_prefill_size: int | None = None,
+        pace: PrefillPace | None = None,
         admission: Admission | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.keys = keys
-        self.chunked_prefill_size = chunked_prefill_size
+        self.pace = pace
         self.admission = admission or Continuous()
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -95,18 +95,18 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step; empty where nothing runs and nobody waits that may enter."""
-        budget = self.max_num_batched_tokens
+        budget = _Budget(self.max_num_batched_tokens)
         preemptions = self.preemptions
         # No blocks: preempted a moment ago. Who is kept here stays, since only those behind it are preempted after it.
         running = [request for request in tuple(self.running) if request.blocks and self._reserve(request)]
         chunks: list[Chunk] = []
         for request in filter(_decodes, running):
-            budget = self._spend(request, budget, chunks)
-        if chunks and self.chunked_prefill_size is not None:
-            budget = min(budget, self.chunked_prefill_size)
+            self._spend(request, budget, chunks)
+        if chunks and self.pace is not None:
+            budget.pace, budget.work = self.pace, self.pace.work(len(chunks))
         for request in running:
             if not _decodes(request):
-                budget = self._spend(request, budget, chunks)
+                self._spend(request, budget, chunks)
         if self.preemptions == preemptions:
             self._admit(budget, chunks)
         return chunks
@@ -136,12 +136,11 @@ class Scheduler:
         """Raise LlmoptError unless every block is accounted for."""
         self.pool.check(request.blocks for request in (*self.running, *self.waiting))
 
-    def _spend(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
-        """Spend what the budget allows on a request's gap; returns what is left of the budget."""
-        count = min(request.known - request.computed, budget)
+    def _spend(self, request: Request, budget: "_Budget", chunks: list[Chunk]) -> None:
+        """Spend what the budget allows on a request's gap."""
+        count = budget.take(request.computed, request.known - request.computed)
         if count > 0:
             chunks.append(Chunk(request, request.computed, count))
-        return budget - count
 
     def _reserve(self, request: Request) -> bool:
         """Get blocks for a running request's known tokens, at the cost of the last ones; False if it was itself."""
@@ -156,16 +155,16 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self, budget: int, chunks: list[Chunk]) -> None:
+    def _admit(self, budget: "_Budget", chunks: list[Chunk]) -> None:
         """Let in whom there is room for, in order, and spend what is left of the budget on them."""
         passed: list[Request] = []  # those that did not get in
         for request in self.admission.select(self.waiting)[: self.max_num_seqs + MOST_PASSED]:
-            if budget == 0 or len(self.running) == self.max_num_seqs:
+            if budget.is_spent or len(self.running) == self.max_num_seqs:
                 return
             if len(passed) == MOST_PASSED or any(_must_be_next(one) for one in passed):
                 return
             if self._let_in(request):
-                budget = self._spend(request, budget, chunks)
+                self._spend(request, budget, chunks)
                 for one in passed:
                     one.overtaken += 1
             else:
@@ -211,6 +210,29 @@ class Scheduler:
             keys.catch_up(request)
             for place in range(first, last):
                 self.pool.name(request.blocks[place], request.keys[place])
+
+
+@dataclass
+class _Budget:
+    """What a step has left to spend: tokens, and work at a pace where it has one."""
+
+    tokens: int
+    pace: PrefillPace | None = None
+    work: float = 0.0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.tokens == 0 or (self.pace is not None and self.work < 1)
+
+    def take(self, start: int, wanted: int) -> int:
+        """Tokens for a gap that begins at `start`; at least one where the budget is not spent."""
+        count = 0 if self.is_spent else min(wanted, self.tokens)
+        if count and self.pace is not None:
+            cost = self.pace.cost(start)
+            count = min(count, max(1, int(self.work / cost)))
+            self.work -= count * cost
+        self.tokens -= count
+        return count
 
 
 def _decodes(request: Request) -> bool:

@@ -2,10 +2,11 @@
 
 import pytest
 
-from llmopt.engine.config import CPU_CHUNK, EngineConfig
+from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.llm import LLM
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.prefill_pace import PrefillPace, pace_of
 from llmopt.errors import InputError
 
 LONGEST = 256
@@ -190,13 +191,11 @@ def test_an_engine_says_how_long_it_gathers_and_that_it_no_longer_does(tiny_mode
 
 
 def test_chunks_are_limited_on_a_cpu_unless_told_otherwise_and_not_for_llm(tiny_model) -> None:
-    config = EngineConfig(model="m")
-    assert (config.prefill_limit("cpu"), config.prefill_limit("cuda")) == (CPU_CHUNK, None)
-    assert EngineConfig(model="m", chunked_prefill_size=0).prefill_limit("cpu") is None
-    assert EngineConfig(model="m", chunked_prefill_size=7).prefill_limit("cuda") == 7
     folder = str(tiny_model("llama")[0])
-    assert Engine(EngineConfig(model=folder, backend="reference")).scheduler.chunked_prefill_size == CPU_CHUNK
-    assert LLM(folder, backend="reference").engine.scheduler.chunked_prefill_size is None
+    engine = Engine(EngineConfig(model=folder, backend="reference"))
+    assert engine.scheduler.pace == pace_of(None, "cpu", engine.model_config)
+    assert LLM(folder, backend="reference").engine.scheduler.pace is None
+    assert LLM(folder, backend="reference", chunked_prefill_size=7).engine.scheduler.pace == PrefillPace(7)
 
 
 def test_the_phases_of_a_step_come_in_their_order(engine: Engine) -> None:

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.prefill_pace import PrefillPace
 from llmopt.engine.request import Request
 from llmopt.engine.scheduler import MOST_OVERTAKEN, Chunk, Scheduler
 
@@ -57,7 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def begin(self, caching: bool, budget: int, chunk: int | None, prioritized: bool) -> None:
         self.scheduler = make_scheduler(budget=budget, caching=caching)
-        self.scheduler.chunked_prefill_size = chunk
+        self.scheduler.pace = None if chunk is None else PrefillPace(chunk)
         self.prioritized = prioritized
 
     @rule(
@@ -126,9 +127,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         going = [request for request in decoding if request in self.scheduler.running]
         computed = {chunk.request.id: chunk.count for chunk in chunks}
         assert all(computed.get(request.id) == 1 for request in going)
-        limit = self.scheduler.chunked_prefill_size
-        if going and limit is not None:
-            assert sum(computed.values()) - len(going) <= limit
+        pace = self.scheduler.pace
+        if going and pace is not None:
+            assert sum(computed.values()) - len(going) <= pace.least
 
     def _check_chunk(self, chunk: Chunk) -> None:
         request = chunk.request
@@ -209,7 +210,7 @@ def decoding(scheduler: Scheduler, *names: str) -> list[Request]:
 
 def test_a_step_that_decodes_takes_in_no_more_of_prompts_than_the_chunk_size() -> None:
     scheduler = make_scheduler(blocks=16, budget=20)
-    scheduler.chunked_prefill_size = 6
+    scheduler.pace = PrefillPace(6)
     old, other = decoding(scheduler, "old", "other")
     scheduler.add(make_request("new", 9))
     scheduler.add(make_request("next", 9))
@@ -224,10 +225,31 @@ def test_a_step_that_decodes_takes_in_no_more_of_prompts_than_the_chunk_size() -
 
 def test_a_step_in_which_nothing_decodes_spends_its_whole_budget_on_prompts() -> None:
     scheduler = make_scheduler(budget=20)
-    scheduler.chunked_prefill_size = 6
+    scheduler.pace = PrefillPace(6)
     scheduler.add(make_request("one", 9))
     scheduler.add(make_request("two", 9))
     assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("one", 9), ("two", 9)]
+
+
+def test_a_prompt_is_taken_in_more_slowly_the_deeper_and_faster_beside_more_streams() -> None:
+    def chunks(*streams: str) -> list[int]:
+        scheduler = make_scheduler(blocks=32, seqs=8, budget=64)
+        scheduler.pace = PrefillPace(4, per_stream=4, depth=16)
+        decoding(scheduler, *streams)
+        scheduler.add(make_request("long", 64))
+        return [run_step(scheduler)[-1].count for _ in range(6)]
+
+    assert chunks("a") == [4, 3, 2, 2, 2, 2]  # 4 / (1 + 4/16) = 3.2, 4 / (1 + 7/16) = 2.8, and so on
+    assert chunks("a", "b") == [8, 5, 4, 3, 3, 3]
+
+
+def test_a_prompt_however_deep_goes_on() -> None:
+    scheduler = make_scheduler(blocks=32, seqs=8, budget=64)
+    scheduler.pace = PrefillPace(1, depth=1)
+    decoding(scheduler, "a")
+    scheduler.add(make_request("long", 20))
+    for step in range(20):
+        assert [(c.start, c.count) for c in run_step(scheduler)[1:]] == [(step, 1)]
 
 
 def test_a_prompt_takes_no_tokens_from_a_stream_however_early_it_came() -> None:
