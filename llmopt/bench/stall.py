@@ -58,7 +58,7 @@ def stall(
 
     Returns:
         median_ms: of the gaps before the prompt came; worst_ms: the longest gap from then until its first token;
-        ratio: worst / median; ttft_ms: of the prompt; steps: that took it in.
+        p99_ms: of those gaps; ratio: worst / median; ttft_ms: of the prompt; steps: that took it in.
 
     Raises LlmoptError where a stream got no token in a step, so that steps are not what its reader waits for.
     """
@@ -86,6 +86,7 @@ def stall(
     return {
         "median_ms": 1e3 * usual,
         "worst_ms": 1e3 * max(gaps),
+        "p99_ms": 1e3 * float(np.percentile(gaps, 99)),
         "ratio": max(gaps) / usual,
         "ttft_ms": 1e3 * ttft,
         "steps": len(gaps),

@@ -93,10 +93,10 @@ def show_stall(result: dict[str, Any], json_file: str | None) -> None:
     out = console.output(json_file)
     title = f"{result['model']}: {result['streams']} streams decode and a prompt of {result['prompt_len']} tokens comes"
     table = Table("prompt taken in", title=Text(title))
-    for heading in ("steps", "usual gap", "worst gap", "ratio", "TTFT"):
+    for heading in ("steps", "usual gap", "p99 gap", "worst gap", "worst / usual", "TTFT"):
         table.add_column(heading, justify="right")
     for row in result["rows"]:
-        values = (f"{row[name]['median']:.1f}" for name in ("median_ms", "worst_ms", "ratio", "ttft_ms"))
+        values = (f"{row[name]['median']:.1f}" for name in ("median_ms", "p99_ms", "worst_ms", "ratio", "ttft_ms"))
         table.add_row(row["name"], f"{row['steps']['median']:.0f}", *values)
     out.print(table)
     out.print(f"Gaps between a stream's tokens, and TTFT of the prompt, in ms; medians of {result['repeats']} rounds.")

@@ -13,10 +13,11 @@ from llmopt.model.config import ModelConfig
 LEAST = 32
 """Tokens that a step takes in however few streams there are: with fewer, the products of matrices are inefficient."""
 PER_STREAM = 2.5
-"""Tokens for each stream. A stream's token costs about two of a prompt's, whose logits nobody needs; so this makes a
-step a little more than twice as long, and leaves the rest of a factor of three to chance."""
-ATTENTION_SPEED = 0.5
-"""Of attention against products of matrices, in operations per second, on CPUs."""
+"""Tokens for each stream. A stream's token costs about as much as two of a prompt's, whose logits nobody needs; so this
+makes a step about twice as long, and leaves the rest of a factor of three to chance."""
+ATTENTION_SPEED = 0.25
+"""Of attention against products of matrices, in operations per second, on CPUs and in chunks of this size, each of which
+reads all keys and values before it again."""
 
 
 @dataclass(frozen=True)
