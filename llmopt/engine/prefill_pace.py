@@ -16,8 +16,8 @@ PER_STREAM = 2.5
 """Tokens for each stream. A stream's token costs about as much as two of a prompt's, whose logits nobody needs; so this
 makes a step about twice as long, and leaves the rest of a factor of three to chance."""
 ATTENTION_SPEED = 0.25
-"""Of attention against products of matrices, in operations per second, on CPUs and in chunks of this size, each of which
-reads all keys and values before it again."""
+"""Of attention against products of matrices, in operations per second, on CPUs and in chunks of this size, each of
+which reads all keys and values before it again."""
 
 
 @dataclass(frozen=True)
