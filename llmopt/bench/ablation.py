@@ -16,9 +16,9 @@ from llmopt.engine.engine import Engine
 from llmopt.progress import Progress
 
 ALL_ON = "all on"
-LOAD = {"num_prompts": 48, "input_len": 192, "output_len": 48, "random_range_ratio": 0.75, "random_prefix_len": 128}
-"""The load where nothing else is said: lengths that differ, after a beginning that is common to all, as a system prompt
-is."""
+LOAD = {"num_prompts": 48, "input_len": 320, "output_len": 48, "random_range_ratio": 0.8, "random_prefix_len": 128}
+"""The load where nothing else is said: lengths that differ, some of them long, after a beginning that is common to all,
+as a system prompt is."""
 SHARE_OF_CAPACITY = 0.7
 """Where no rate is given, requests come at this share of what the engine does when all come at once: enough to fill
 batches, and not so much that a queue grows without end and its length is all that is seen."""
@@ -48,7 +48,7 @@ TECHNIQUES = (
     Technique("chunked prefill off", {"chunked_prefill_size": 0, "max_num_batched_tokens": 1 << 20}),
     Technique("dynamic batching", {"batching": "dynamic"}),
     Technique("static batching", {"batching": "static"}),
-    Technique("one request at a time", {"max_num_seqs": 1}),
+    Technique("one at a time", {"max_num_seqs": 1}),
     Technique("KV cache not quantized", {"kv_cache_dtype": "auto"}),
     Technique("float32, layer by layer", {"dtype": "float32"}, needs_kernels=True),
 )

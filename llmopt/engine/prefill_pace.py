@@ -1,4 +1,4 @@
-"""How much of the prompts a step takes in while streams decode in it.
+"""How much of long prompts a step takes in while streams decode in it.
 
 On a CPU a step takes as long as it has work to do, so the gap that a reader sees grows with every token of a prompt
 that shares the step, and a bound on the one is a bound on the other. Work is counted in tokens at the beginning of a
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from llmopt.model.config import ModelConfig
 
+LONG = 512
+"""The longest prompt that is not held back. It makes a single step longer, and would itself have to wait for many."""
 LEAST = 32
 """Tokens that a step takes in however few streams there are: with fewer, the products of matrices are inefficient."""
 PER_STREAM = 2.5
@@ -28,11 +30,17 @@ class PrefillPace:
         least, per_stream: of this work, per_stream for each stream but no less than `least`.
         depth: the tokens before it that make one cost twice as much as the first; infinite where only their number
             counts.
+        longer_than: only requests of more tokens are held back; the others are taken in as the budget allows.
     """
 
     least: int
     per_stream: float = 0.0
     depth: float = math.inf
+    longer_than: int = 0
+
+    def holds_back(self, tokens: int) -> bool:
+        """Whether a request of so many tokens is held back."""
+        return tokens > self.longer_than
 
     def work(self, streams: int) -> float:
         """What a step beside so many streams may spend."""
@@ -52,4 +60,4 @@ def pace_of(chunked_prefill_size: int | None, device: str, model: ModelConfig) -
     width = model.num_heads * model.head_dim
     projections = 2 * width + 2 * model.num_kv_heads * model.head_dim
     products = model.hidden_size * (projections + 3 * model.intermediate_size)  # of a token in a layer
-    return PrefillPace(LEAST, PER_STREAM, ATTENTION_SPEED * products / (2 * width))
+    return PrefillPace(LEAST, PER_STREAM, ATTENTION_SPEED * products / (2 * width), LONG)

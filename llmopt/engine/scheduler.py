@@ -138,7 +138,7 @@ class Scheduler:
 
     def _spend(self, request: Request, budget: "_Budget", chunks: list[Chunk]) -> None:
         """Spend what the budget allows on a request's gap."""
-        count = budget.take(request.computed, request.known - request.computed)
+        count = budget.take(request)
         if count > 0:
             chunks.append(Chunk(request, request.computed, count))
 
@@ -159,7 +159,7 @@ class Scheduler:
         """Let in whom there is room for, in order, and spend what is left of the budget on them."""
         passed: list[Request] = []  # those that did not get in
         for request in self.admission.select(self.waiting)[: self.max_num_seqs + MOST_PASSED]:
-            if budget.is_spent or len(self.running) == self.max_num_seqs:
+            if budget.tokens == 0 or len(self.running) == self.max_num_seqs:
                 return
             if len(passed) == MOST_PASSED or any(_must_be_next(one) for one in passed):
                 return
@@ -220,16 +220,12 @@ class _Budget:
     pace: PrefillPace | None = None
     work: float = 0.0
 
-    @property
-    def is_spent(self) -> bool:
-        return self.tokens == 0 or (self.pace is not None and self.work < 1)
-
-    def take(self, start: int, wanted: int) -> int:
-        """Tokens for a gap that begins at `start`; at least one where the budget is not spent."""
-        count = 0 if self.is_spent else min(wanted, self.tokens)
-        if count and self.pace is not None:
-            cost = self.pace.cost(start)
-            count = min(count, max(1, int(self.work / cost)))
+    def take(self, request: Request) -> int:
+        """Tokens for a request's gap. With a pace, the first one that it holds back gets at least one."""
+        count = min(request.known - request.computed, self.tokens)
+        if self.pace is not None and self.pace.holds_back(request.known):
+            cost = self.pace.cost(request.computed)
+            count = min(count, max(1, int(self.work / cost))) if self.work >= 1 else 0
             self.work -= count * cost
         self.tokens -= count
         return count

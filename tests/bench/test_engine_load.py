@@ -121,7 +121,7 @@ def test_an_ablation_has_a_row_for_each_technique_that_is_on(folder, monkeypatch
     report = bench_ablation(folder, workload, 2, silent, backend="reference", batching="static", kv_cache_dtype="int8")
     names = [row["name"] for row in report["rows"]]
     assert names == [
-        ALL_ON, "prefix caching off", "chunked prefill off", "dynamic batching", "one request at a time",
+        ALL_ON, "prefix caching off", "chunked prefill off", "dynamic batching", "one at a time",
         "KV cache not quantized",
     ]  # fmt: skip
     assert len(seen) == 2 * len(names)

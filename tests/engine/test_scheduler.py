@@ -243,6 +243,20 @@ def test_a_prompt_is_taken_in_more_slowly_the_deeper_and_faster_beside_more_stre
     assert chunks("a", "b") == [8, 5, 4, 3, 3, 3]
 
 
+def test_short_prompts_are_not_held_back_and_pass_a_long_one_that_is() -> None:
+    scheduler = make_scheduler(blocks=32, seqs=8, budget=30)
+    scheduler.pace = PrefillPace(4, longer_than=10)
+    decoding(scheduler, "a")
+    scheduler.add(make_request("long", 20))
+    assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("a", 1), ("long", 4)]
+    scheduler.add(make_request("second", 20))
+    scheduler.add(make_request("short", 10))
+    assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("a", 1), ("long", 4), ("short", 10)]
+    for _ in range(3):
+        run_step(scheduler)
+    assert [(c.request.id, c.count) for c in run_step(scheduler)][-1] == ("second", 4)
+
+
 def test_a_prompt_however_deep_goes_on() -> None:
     scheduler = make_scheduler(blocks=32, seqs=8, budget=64)
     scheduler.pace = PrefillPace(1, depth=1)
