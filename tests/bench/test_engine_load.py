@@ -195,7 +195,7 @@ def test_one_token_each_is_nothing_to_profile(folder):
 
 
 def test_a_stall_is_timed_from_the_arrival_of_the_prompt(folder, monkeypatch):
-    """By a clock that a step moves on by a second for each of its tokens: the worst gap is that of the largest chunk."""
+    """By a clock that a step moves on by a second for each of its tokens: the worst gap is the largest chunk's."""
     one = engine(folder, max_num_batched_tokens=64, chunked_prefill_size=8, enable_prefix_caching=False)
     schedule = one.scheduler.schedule
     now = 0.0
