@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help setup demo test lint format format-check types layers check bench-kernels peers interop bench-peers bench-speculation soak-resume clean
+.PHONY: help setup demo test lint format format-check types layers check bench-kernels peers interop bench-peers bench-speculation soak soak-resume clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench-peers: $(READY)  ## Measure llmopt against llama.cpp and vLLM; about 40 mi
 
 bench-speculation: $(READY)  ## Measure what drafted tokens gain on SmolLM2; about 3 minutes. ARGS="--help" tells more
 	$(BIN)/python tests/interop/bench_speculation.py $(ARGS)
+
+soak: $(READY)  ## Thousands of random requests through a small cache, each compared with itself alone; about 10 minutes
+	$(BIN)/python tests/e2e/soak_engine.py $(ARGS)
 
 soak-resume: $(READY)  ## Kill a quantization of SmolLM2 ten times, resume it, compare; about 10 minutes
 	$(BIN)/python tests/e2e/soak_resume.py

@@ -75,10 +75,15 @@ class HostBatch:
 
 
 class Linear(ABC):
-    """A packed weight. Calling it multiplies: [T, in] to [T, out], in the dtype of its input."""
+    """A packed weight. Calling it multiplies: [T, in] to [T, out], in the dtype of its input.
+
+    Attributes:
+        nbytes: what it takes in memory, all of which a product reads.
+    """
 
     in_features: int
     out_features: int
+    nbytes: int
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor: ...

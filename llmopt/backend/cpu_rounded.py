@@ -29,6 +29,7 @@ class RoundedLinear(Linear):
         self.parts = parts
         self.in_features = parts[0].in_features
         self.out_features = sum(part.out_features for part in parts)
+        self.nbytes = sum(part.nbytes for part in parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [T, in] to float32 [T, out]."""

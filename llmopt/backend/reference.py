@@ -29,6 +29,7 @@ class ReferenceLinear(Linear):
         self.bias = bias
         self.activations = activations
         self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.activations is not None:

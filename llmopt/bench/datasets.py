@@ -1,6 +1,7 @@
 """What is sent: random prompts of an exact length, or the user's own from a JSONL file."""
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +39,48 @@ def random_tokens(
     return allowed[rng.integers(0, allowed.size, size=(count, length))].tolist()
 
 
-def random_prompts(count: int, input_len: int, output_len: int, seed: int, tokenizer: str | None) -> list[Prompt]:
+def random_prompts(
+    count: int,
+    input_len: int,
+    output_len: int,
+    seed: int,
+    tokenizer: str | None,
+    range_ratio: float = 0.0,
+    prefix_len: int = 0,
+) -> list[Prompt]:
     """Random prompts. With the tokenizer's MODEL they are token ids, so that the server gets exactly `input_len`
     tokens; without it they are `input_len` common English words, and only the server knows how many tokens these are.
+
+    With a range ratio of r, lengths of prompts and of outputs are drawn evenly from (1 - r) to (1 + r) times the one
+    given; before each prompt come the same `prefix_len` tokens or words (vLLM's parameters).
     """
     rng = np.random.default_rng(seed)
+    longest = max(_lengths(input_len, range_ratio))
     if tokenizer is None:
-        texts = [" ".join(rng.choice(_WORDS, size=input_len)) for _ in range(count)]
-        return [Prompt(text, output_len) for text in texts]
-    from llmopt.model.tokenizer import load_tokenizer
+        words = [rng.choice(_WORDS, size=longest).tolist() for _ in range(count)]
+        prefix: list = rng.choice(_WORDS, size=prefix_len).tolist()
+        drawn: list[list] = [prefix + cut for cut in _cut(words, input_len, range_ratio, rng)]
+    else:
+        from llmopt.model.tokenizer import load_tokenizer
 
-    loaded = load_tokenizer(tokenizer)
-    drawn = random_tokens(count, input_len, loaded.vocab_size, loaded.special_ids, rng)
-    return [Prompt(tokens, output_len) for tokens in drawn]
+        loaded = load_tokenizer(tokenizer)
+        tokens = random_tokens(count, longest, loaded.vocab_size, loaded.special_ids, rng)
+        (prefix,) = random_tokens(1, prefix_len, loaded.vocab_size, loaded.special_ids, rng)
+        drawn = [prefix + cut for cut in _cut(tokens, input_len, range_ratio, rng)]
+    outputs = rng.choice(_lengths(output_len, range_ratio), size=count).tolist()
+    contents: list[Any] = [" ".join(words) for words in drawn] if tokenizer is None else drawn
+    return [Prompt(content, length) for content, length in zip(contents, outputs, strict=True)]
+
+
+def _lengths(length: int, range_ratio: float) -> range:
+    """The lengths that are drawn from."""
+    return range(max(1, math.ceil(length * (1 - range_ratio))), math.floor(length * (1 + range_ratio)) + 1)
+
+
+def _cut(drawn: list[list], length: int, range_ratio: float, rng: np.random.Generator) -> list[list]:
+    """Each cut to a length of its own."""
+    lengths = rng.choice(_lengths(length, range_ratio), size=len(drawn)).tolist()
+    return [one[:end] for one, end in zip(drawn, lengths, strict=True)]
 
 
 def custom_prompts(count: int, path: Path, output_len: int) -> list[Prompt]:

@@ -93,7 +93,9 @@ def bench_model(
     """
     longest = max(case.prompt_len + case.gen_len for case in cases)
     widest = max(case.batch for case in cases)
-    config = EngineConfig(model=model, max_num_seqs=widest, max_model_len=longest, **engine_options)
+    # A grid measures prefill and decode one after the other: nothing is to be spread over steps that decode.
+    shape: dict[str, Any] = {"max_num_seqs": widest, "max_model_len": longest, "chunked_prefill_size": 0}
+    config = EngineConfig(model=model, **shape, **engine_options)
     engine = Engine(config, progress)
     measurements = measure(engine, cases, repeats, seed, progress)
     machine = describe_machine(engine.runner.backend.device)
@@ -142,13 +144,8 @@ def _since(before: SpeculationStats | None, after: SpeculationStats | None) -> S
 
 def run_round(engine: Engine, case: Case, rng: np.random.Generator, name: str) -> Round:
     """Run one batch to its end; its request ids begin with `name`."""
-    vocabulary = min(engine.model_config.vocab_size, engine.tokenizer.vocab_size)
-    prompts = random_tokens(case.batch, case.prompt_len, vocabulary, engine.tokenizer.special_ids, rng)
-    params = SamplingParams(max_tokens=case.gen_len, ignore_eos=True, temperature=0.0)
     preemptions = engine.stats().preemptions
-    start = time.perf_counter()
-    for index, prompt in enumerate(prompts):
-        engine.add(f"{name} {index}", prompt, params)
+    start = add_random(engine, case, rng, name)
     begun: set[str] = set()
     early = 0
     while len(begun) < case.batch and engine.has_work:
@@ -165,6 +162,17 @@ def run_round(engine: Engine, case: Case, rng: np.random.Generator, name: str) -
     if early + late != case.batch * case.gen_len:
         raise LlmoptError(f"{case} gave out {early + late} tokens instead of {case.batch * case.gen_len}")
     return Round(end_of_prefill - start, end - end_of_prefill, late)
+
+
+def add_random(engine: Engine, case: Case, rng: np.random.Generator, name: str) -> float:
+    """Add the requests of a case, with random prompts and ids that begin with `name`; when the first was added."""
+    vocabulary = min(engine.model_config.vocab_size, engine.tokenizer.vocab_size)
+    prompts = random_tokens(case.batch, case.prompt_len, vocabulary, engine.tokenizer.special_ids, rng)
+    params = SamplingParams(max_tokens=case.gen_len, ignore_eos=True, temperature=0.0)
+    start = time.perf_counter()
+    for index, prompt in enumerate(prompts):
+        engine.add(f"{name} {index}", prompt, params)
+    return start
 
 
 def _require_room(engine: Engine, case: Case) -> None:

@@ -4,16 +4,31 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import aiohttp
 import numpy as np
 
 from llmopt.bench.datasets import Prompt
 from llmopt.bench.metrics import RequestTrace
+from llmopt.bench.report import load_report
 from llmopt.bench.stream import Target, complete, open_session
+from llmopt.bench.workload import Workload
 from llmopt.errors import LlmoptError
 
 Watch = Callable[[RequestTrace], None]
+
+
+async def bench_server(target: Target, workload: Workload, goodput: dict[str, float], watch: Watch) -> dict[str, Any]:
+    """Put a load on a server; the object that `llmopt bench --base-url --json` writes.
+
+    `goodput` has limits in milliseconds by metric, `watch` is called with each request's trace when it has ended.
+    Raises InputError for settings that cannot be, LlmoptError where the server does not answer.
+    """
+    warmups, prompts = workload.prompts()
+    traces = await run_load(target, prompts, workload.arrivals(), workload.max_concurrency, warmups, watch)
+    settings = {"base_url": target.base_url, "model": target.model, **workload.describe()}
+    return load_report(traces, settings, goodput, workload.num_gpus)
 
 
 async def run_load(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:  # it imports torch, which a load generator does without
     from llmopt.bench.in_process import Measurement
 
 VERSION = 1
+
+
+def engine_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `EngineConfig` as a report has them: what is an object of its own becomes one of JSON's."""
+    return {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in options.items()
+    }
 
 
 def in_process_report(

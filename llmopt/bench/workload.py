@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmopt.bench.arrivals import arrival_times
 from llmopt.bench.datasets import DATASET_NAMES, Prompt, custom_prompts, random_prompts
-from llmopt.bench.load import Watch, run_load
-from llmopt.bench.report import load_report
-from llmopt.bench.stream import Target
 from llmopt.errors import InputError
 
 INPUT_LEN = 512  # of random prompts, where nothing is said
@@ -18,7 +17,7 @@ WARM_UP_WORDS = 16  # of the random warm-ups before custom prompts, which a serv
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The settings of one load; each is a flag of `llmopt bench --base-url` with dashes for underscores.
+    """The settings of one load; each is a flag of `llmopt bench` with dashes for underscores.
 
     Attributes:
         dataset_name: random or custom.
@@ -26,6 +25,8 @@ class Workload:
         tokenizer: MODEL whose vocabulary random token ids are drawn from; None for random words.
         input_len: tokens, or words, of a random prompt.
         output_len: tokens to ask for.
+        random_range_ratio, random_prefix_len: how random lengths vary, and what comes before each random prompt; see
+            `random_prompts`.
         num_prompts: requests in all.
         request_rate: requests per second; infinite for all at once.
         burstiness: shape of the gaps' gamma distribution; None for 1, a Poisson process.
@@ -39,6 +40,8 @@ class Workload:
     tokenizer: str | None = None
     input_len: int | None = None
     output_len: int = 128
+    random_range_ratio: float = 0.0
+    random_prefix_len: int = 0
     num_prompts: int = 100
     request_rate: float = math.inf
     burstiness: float | None = None
@@ -54,6 +57,8 @@ class Workload:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.num_gpus < 0 or self.seed < 0:
             raise InputError("--num-gpus and --seed must not be negative")
+        if not 0 <= self.random_range_ratio < 1 or self.random_prefix_len < 0:
+            raise InputError("--random-range-ratio must be from 0 to below 1, and --random-prefix-len not negative")
         if self.dataset_name not in DATASET_NAMES:
             raise InputError(f"unknown --dataset-name {self.dataset_name!r}; known: {', '.join(DATASET_NAMES)}")
         if self.dataset_name == "custom":
@@ -63,6 +68,8 @@ class Workload:
                 raise InputError(
                     "--input-len and --tokenizer are for --dataset-name random; custom prompts are sent as is"
                 )
+            if self.random_range_ratio or self.random_prefix_len:
+                raise InputError("--random-range-ratio and --random-prefix-len are for --dataset-name random")
         elif self.dataset_path is not None:
             raise InputError("--dataset-path needs --dataset-name custom")
         if self.burstiness is not None and math.isinf(self.request_rate):
@@ -74,8 +81,15 @@ class Workload:
             warmups = random_prompts(self.num_warmups, WARM_UP_WORDS, self.output_len, self.seed, None)
             return warmups, custom_prompts(self.num_prompts, self.dataset_path, self.output_len)
         count = self.num_warmups + self.num_prompts
-        drawn = random_prompts(count, self.input_len or INPUT_LEN, self.output_len, self.seed, self.tokenizer)
+        lengths = self.input_len or INPUT_LEN, self.output_len
+        shape = self.random_range_ratio, self.random_prefix_len
+        drawn = random_prompts(count, *lengths, self.seed, self.tokenizer, *shape)
         return drawn[: self.num_warmups], drawn[self.num_warmups :]
+
+    def arrivals(self) -> np.ndarray:
+        """Seconds after the start at which each request is due, float64 [num_prompts]."""
+        burstiness = 1.0 if self.burstiness is None else self.burstiness
+        return arrival_times(self.num_prompts, self.request_rate, burstiness, self.seed)
 
     def describe(self) -> dict[str, Any]:
         """What the report says about the load; null for an infinite rate."""
@@ -87,23 +101,11 @@ class Workload:
             "prompts_are": "token ids" if self.tokenizer is not None else "text",
             "input_len": (self.input_len or INPUT_LEN) if random else None,
             "output_len": self.output_len,
+            "random_range_ratio": self.random_range_ratio if random else None,
+            "random_prefix_len": self.random_prefix_len if random else None,
             "request_rate": self.request_rate if finite else None,
             "burstiness": (self.burstiness or 1.0) if finite else None,
             "max_concurrency": self.max_concurrency,
             "num_warmups": self.num_warmups,
             "seed": self.seed,
         }
-
-
-async def bench_server(target: Target, workload: Workload, goodput: dict[str, float], watch: Watch) -> dict[str, Any]:
-    """Put a load on a server; the object that `llmopt bench --base-url --json` writes.
-
-    `goodput` has limits in milliseconds by metric, `watch` is called with each request's trace when it has ended.
-    Raises InputError for settings that cannot be, LlmoptError where the server does not answer.
-    """
-    burstiness = 1.0 if workload.burstiness is None else workload.burstiness
-    due = arrival_times(workload.num_prompts, workload.request_rate, burstiness, workload.seed)
-    warmups, prompts = workload.prompts()
-    traces = await run_load(target, prompts, due, workload.max_concurrency, warmups, watch)
-    settings = {"base_url": target.base_url, "model": target.model, **workload.describe()}
-    return load_report(traces, settings, goodput, workload.num_gpus)

@@ -7,29 +7,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from llmopt.cli import console
-from llmopt.engine.config import BackendName, DeviceName, DTypeName, KVCacheDTypeName
+from llmopt.cli import bench_tables, console
+from llmopt.engine.config import BackendName, BatchingName, DeviceName, DTypeName, KVCacheDTypeName
 from llmopt.errors import InputError
 
 if TYPE_CHECKING:
     from llmopt.bench.metrics import RequestTrace
+    from llmopt.bench.workload import Workload
 
 _HERE = "Of a model in this process"
+_LOAD = "Of a load: on MODEL with --request-rate or --ablate, on a server with --base-url"
 _THERE = "Of a server"
 _GRID = ("prompt_len", "gen_len", "batch", "repeats")
-_ENGINE = ("backend", "device", "threads", "dtype", "kv_cache_dtype", "kv_cache_memory_bytes", "max_num_batched_tokens")
-_OF_A_SERVER = ("model_name", "api_key", "dataset_name", "dataset_path", "tokenizer", "input_len", "output_len",
-                "num_prompts", "request_rate", "burstiness", "max_concurrency", "num_warmups", "ignore_eos", "goodput",
-                "num_gpus", "timeout")  # fmt: skip
+_ENGINE = ("backend", "device", "threads", "dtype", "kv_cache_dtype", "kv_cache_memory_bytes", "max_num_batched_tokens",
+           "speculative_config")  # fmt: skip
+_SCHEDULER = ("max_num_seqs", "batching", "batching_window", "chunked_prefill_size", "enable_prefix_caching")
+_OF_A_LOAD = ("dataset_name", "dataset_path", "input_len", "output_len", "random_range_ratio", "random_prefix_len",
+              "num_prompts", "request_rate", "burstiness", "num_warmups")  # fmt: skip
+_OF_A_SERVER = ("model_name", "api_key", "tokenizer", "ignore_eos", "num_gpus", "timeout")
+_GOES_WITH = {
+    "MODEL": (*_GRID, *_ENGINE),
+    "--request-rate": (*_OF_A_LOAD, "max_concurrency", "goodput", *_ENGINE, *_SCHEDULER),
+    "--ablate": ("ablate", *_OF_A_LOAD, "repeats", *_ENGINE, *_SCHEDULER),
+    "--profile": ("profile", "prompt_len", "gen_len", "batch", *_ENGINE),
+    "--stall": ("stall", "prompt_len", "batch", "repeats", "chunked_prefill_size", *_ENGINE),
+    "--base-url": ("base_url", *_OF_A_LOAD, "max_concurrency", "goodput", *_OF_A_SERVER),
+}
+"""What is measured, by what asks for it, and the options that count then."""
 
 
 def _here(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=_HERE, **more)
+
+
+def _load(*names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=_LOAD, **more)
 
 
 def _there(*names: str, help: str, **more: Any) -> Any:
@@ -63,6 +77,26 @@ def bench(
     speculative_config: Annotated[
         str | None, _here(metavar="JSON", help="Draft tokens and verify them, as in serve. The prompts stay random.")
     ] = None,
+    chunked_prefill_size: Annotated[
+        int | None,
+        _here(help="Tokens of prompts in a step that also decodes, at most; see serve."),
+    ] = None,
+    max_num_seqs: Annotated[int, _here(help="Requests that run at once, of a load.")] = 64,
+    batching: Annotated[BatchingName, _here(help="When a request is let in, of a load.")] = "continuous",
+    batching_window: Annotated[
+        float | None, _here(help="Milliseconds that dynamic batching waits for a batch to fill.  [100]")
+    ] = None,
+    enable_prefix_caching: Annotated[bool, _here(help="Compute the beginning that prompts share once.")] = True,
+    ablate: Annotated[
+        bool, _here("--ablate", help="Turn each technique of the engine off in turn under one load.")
+    ] = False,
+    profile: Annotated[
+        bool, _here("--profile", help="Time by phase of decoding steps, and bytes read.  [-b 32 -p 128 -n 128]")
+    ] = False,
+    stall: Annotated[
+        bool,
+        _here("--stall", help="How long streams wait while a long prompt is taken in.  [-b 16 -p 4000]"),
+    ] = False,
     base_url: Annotated[
         str | None, _there(help="Measure this OpenAI-compatible server instead, such as http://127.0.0.1:8000.")
     ] = None,
@@ -76,11 +110,11 @@ def bench(
         ),
     ] = None,
     dataset_name: Annotated[
-        Literal["random", "custom"], _there(help="Random prompts, or those of --dataset-path.")
+        Literal["random", "custom"], _load(help="Random prompts, or those of --dataset-path.")
     ] = "random",
     dataset_path: Annotated[
         Path | None,
-        _there(help='JSONL with {"prompt": TEXT} a line, and "max_tokens" if it differs from --output-len.'),
+        _load(help='JSONL with {"prompt": TEXT} a line, and "max_tokens" if it differs from --output-len.'),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -89,21 +123,27 @@ def bench(
             "--input-len counts random English words."
         ),
     ] = None,
-    input_len: Annotated[int | None, _there(help="Length of a random prompt.  [512]")] = None,
-    output_len: Annotated[int, _there(help="Tokens to generate.")] = 128,
-    num_prompts: Annotated[int, _there(help="Requests in all.")] = 100,
-    request_rate: Annotated[float, _there(help="Requests per second; inf sends all at once.")] = math.inf,
+    input_len: Annotated[int | None, _load(help="Length of a random prompt.  [512]")] = None,
+    output_len: Annotated[int, _load(help="Tokens to generate.")] = 128,
+    random_range_ratio: Annotated[
+        float, _load(help="Random lengths are drawn from 1 - this to 1 + this times the ones given.")
+    ] = 0.0,
+    random_prefix_len: Annotated[
+        int, _load(help="Tokens, or words, that come before every random prompt and are the same.")
+    ] = 0,
+    num_prompts: Annotated[int, _load(help="Requests in all.")] = 100,
+    request_rate: Annotated[float, _load(help="Requests per second; inf sends all at once.")] = math.inf,
     burstiness: Annotated[
-        float | None, _there(help="Of a finite rate: 1 is a Poisson process, less is burstier, more is steadier.  [1]")
+        float | None, _load(help="Of a finite rate: 1 is a Poisson process, less is burstier, more is steadier.  [1]")
     ] = None,
-    max_concurrency: Annotated[int | None, _there(help="Requests in flight, at most.")] = None,
-    num_warmups: Annotated[int, _there(help="Requests that are sent first and not measured.")] = 1,
+    max_concurrency: Annotated[int | None, _load(help="Requests in flight, at most.")] = None,
+    num_warmups: Annotated[int, _load(help="Requests that are sent first and not measured.")] = 1,
     ignore_eos: Annotated[
         bool, _there(help="Ask for --output-len tokens whatever the model says. Not every server knows this extension.")
     ] = True,
     goodput: Annotated[
         list[str] | None,
-        _there(help="Count requests that keep limits in ms, such as ttft:500,tpot:50 (or e2el); may be repeated."),
+        _load(help="Count requests that keep limits in ms, such as ttft:500,tpot:50 (or e2el); may be repeated."),
     ] = None,
     num_gpus: Annotated[int, _there(help="GPUs of the server, for throughput per GPU.")] = 0,
     timeout: Annotated[float, _there(help="Seconds that a request may take.")] = 600.0,
@@ -114,22 +154,40 @@ def bench(
 ) -> None:
     """Measure speed: of MODEL in this process, or of a server with --base-url.
 
+    MODEL alone is measured over a grid of batch sizes and lengths; with --request-rate under a load whose requests come
+    at their times; with --ablate, --profile or --stall as these say.
+
     Example: llmopt bench smollm2 -p 128,512 -n 64 -b 1,8
+
+    Example: llmopt bench smollm2 --request-rate 4 --input-len 128 --output-len 64 --batching static
 
     Example: llmopt bench --base-url http://127.0.0.1:8000 --model smollm2 --tokenizer smollm2 --max-concurrency 8
     """
     options = dict(context.params)
     if (model is None) == (base_url is None):
         raise InputError("give either MODEL, to measure it in this process, or --base-url URL, to measure a server")
-    if base_url is None:
-        console.refuse(context, _OF_A_SERVER, "--base-url")
-        result = _bench_here(options)
-        _show_runs(result, json_file)
-    else:
-        console.refuse(context, (*_GRID, *_ENGINE, "speculative_config"), "MODEL, without --base-url")
-        result = _bench_there(options)
-        _show_load(result, json_file)
+    measured = _what_is_measured(context, options)
+    run, show = _MEASUREMENTS[measured]
+    result = run(context, options)
+    show(result, json_file)
     console.write_json(result, json_file)
+
+
+def _what_is_measured(context: typer.Context, options: dict[str, Any]) -> str:
+    """One of _GOES_WITH. Raises InputError for options that do not go with it."""
+    switches = [switch for switch in ("--ablate", "--profile", "--stall") if options[switch[2:]]]
+    if len(switches) > 1:
+        raise InputError(f"{' and '.join(switches)} are measured one at a time; give one of them")
+    if options["base_url"] is not None:
+        measured = "--base-url"
+    elif switches:
+        measured = switches[0]
+    else:
+        measured = "--request-rate" if console.is_given(context, "request_rate") else "MODEL"
+    for name in {name for names in _GOES_WITH.values() for name in names} - set(_GOES_WITH[measured]):
+        needs = [other for other, names in _GOES_WITH.items() if name in names]
+        console.refuse(context, [name], " or ".join(needs))
+    return measured
 
 
 def _numbers(flag: str, words: list[str] | None, default: int) -> list[int]:
@@ -140,32 +198,105 @@ def _numbers(flag: str, words: list[str] | None, default: int) -> list[int]:
         raise InputError(f"{flag} takes whole numbers such as 128,512, not {','.join(words or ())}") from None
 
 
-def _bench_here(options: dict[str, Any]) -> dict[str, Any]:
-    from llmopt.bench.in_process import bench_model, grid
+def _number(flag: str, words: list[str] | None, default: int) -> int:
+    """The number of such an option where there can be but one."""
+    numbers = _numbers(flag, words, default)
+    if len(numbers) != 1 or numbers[0] < 1:
+        raise InputError(f"{flag} takes one number of at least 1 here, not {','.join(words or ())}")
+    return numbers[0]
+
+
+def _engine(options: dict[str, Any], *more: str) -> dict[str, Any]:
+    """The options of the engine."""
     from llmopt.engine.speculation.config import SpeculativeConfig
+
+    drafting = SpeculativeConfig.parse(options["speculative_config"])
+    return {name: options[name] for name in (*_ENGINE, *more)} | {"speculative_config": drafting}
+
+
+def _bench_grid(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    from llmopt.bench.in_process import bench_model, grid
 
     cases = grid(
         _numbers("--prompt-len", options["prompt_len"], 512),
         _numbers("--gen-len", options["gen_len"], 128),
         _numbers("--batch", options["batch"], 1),
     )
-    of_engine = {name: options[name] for name in _ENGINE}
-    of_engine["speculative_config"] = SpeculativeConfig.parse(options["speculative_config"])
     with console.progress_bar() as progress:
-        return bench_model(options["model"], cases, options["repeats"], options["seed"], progress, **of_engine)
+        return bench_model(options["model"], cases, options["repeats"], options["seed"], progress, **_engine(options))
 
 
-def _bench_there(options: dict[str, Any]) -> dict[str, Any]:
-    import asyncio
+def _bench_profile(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    from llmopt.bench.in_process import Case
+    from llmopt.bench.profile import bench_profile
+
+    case = Case(
+        batch=_number("--batch", options["batch"], 32),
+        prompt_len=_number("--prompt-len", options["prompt_len"], 128),
+        gen_len=_number("--gen-len", options["gen_len"], 128),
+    )
+    with console.progress_bar() as progress:
+        return bench_profile(options["model"], case, options["seed"], progress, **_engine(options))
+
+
+def _bench_stall(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    from llmopt.bench.stall import bench_stall
+
+    shape = _number("--batch", options["batch"], 16), _number("--prompt-len", options["prompt_len"], 4000)
+    settings = _engine(options, "chunked_prefill_size")
+    with console.progress_bar() as progress:
+        return bench_stall(options["model"], *shape, options["repeats"], options["seed"], progress, **settings)
+
+
+def _workload(options: dict[str, Any], **more: Any) -> "Workload":
     from dataclasses import fields
 
+    from llmopt.bench.workload import Workload
+
+    return Workload(**{field.name: options[field.name] for field in fields(Workload)} | more)
+
+
+def _in_tokens(options: dict[str, Any]) -> dict[str, Any]:
+    """Random prompts for a model in this process are of its own tokens."""
+    return {"tokenizer": options["model"]} if options["dataset_name"] == "random" else {}
+
+
+def _bench_load(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    from llmopt.bench.engine_load import bench_engine
+
+    workload, limits = _workload(options, **_in_tokens(options)), _limits(options)
+    settings = _engine(options, *_SCHEDULER)
+    with console.progress_bar() as progress:
+        return bench_engine(options["model"], workload, limits, progress, **settings)
+
+
+def _bench_ablation(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    from llmopt.bench.ablation import LOAD, bench_ablation
+
+    usual = {name: value for name, value in LOAD.items() if not console.is_given(context, name)}
+    if options["dataset_name"] == "custom":
+        usual = {}
+    workload = _workload(options, **_in_tokens(options), **usual)
+    settings = _engine(options, *_SCHEDULER)
+    with console.progress_bar() as progress:
+        return bench_ablation(options["model"], workload, options["repeats"], progress, **settings)
+
+
+def _limits(options: dict[str, Any]) -> dict[str, float]:
     from llmopt.bench.metrics import parse_goodput
+
+    return parse_goodput([part for word in options["goodput"] or () for part in word.replace(",", " ").split()])
+
+
+def _bench_server(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    import asyncio
+
+    from llmopt.bench.load import bench_server
     from llmopt.bench.stream import Target
-    from llmopt.bench.workload import Workload, bench_server
 
     if options["model_name"] is None:
         raise InputError("give the model's name on the server: --model NAME")
-    limits = parse_goodput([part for word in options["goodput"] or () for part in word.replace(",", " ").split()])
+    limits = _limits(options)
     target = Target(
         options["base_url"],
         options["model_name"],
@@ -173,7 +304,7 @@ def _bench_there(options: dict[str, Any]) -> dict[str, Any]:
         ignore_eos=options["ignore_eos"],
         timeout=options["timeout"],
     )
-    workload = Workload(**{field.name: options[field.name] for field in fields(Workload)})
+    workload = _workload(options)
     with _live_counters(workload.num_prompts) as watch:
         return asyncio.run(bench_server(target, workload, limits, watch))
 
@@ -197,61 +328,11 @@ def _live_counters(total: int) -> Iterator[Callable[["RequestTrace"], None]]:
         yield watch
 
 
-def _show_runs(result: dict[str, Any], json_file: str | None) -> None:
-    out = console.output(json_file)
-    table = Table("phase", title=Text(f"{result['model']}: tokens per second, TTFT in ms, share of the memory's limit"))
-    for heading in ("batch", "in", "out", "median", "min", "max", "TTFT", "share"):
-        table.add_column(heading, justify="right")
-    for run in result["runs"]:
-        shape = (str(run[name]) for name in ("batch", "prompt_len", "gen_len"))
-        speeds = (f"{run['tokens_per_s'][name]:.1f}" for name in ("median", "min", "max"))
-        ttft = f"{run['ttft_ms']['median']:.1f}" if "ttft_ms" in run else ""
-        share = f"{run['of_memory_limit']:.0%}" if "of_memory_limit" in run else ""
-        table.add_row(run["phase"], *shape, *speeds, ttft, share)
-    out.print(table)
-    for run in result["runs"]:
-        if "speculation" in run:
-            _show_speculation(out, run)
-    machine = result["machine"]
-    out.print(
-        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, memory {machine['memory_gb_per_s']:.1f} GB/s, "
-        f"weights {result['weight_bytes'] / 1e6:.1f} MB",
-        highlight=False,
-    )
-
-
-def _show_speculation(out: Console, run: dict[str, Any]) -> None:
-    drafted = run["speculation"]
-    share = drafted["accepted_tokens"] / max(1, drafted["draft_tokens"])
-    out.print(
-        f"batch {run['batch']}, {run['prompt_len']} in, {run['gen_len']} out: {drafted['draft_tokens']} drafted, "
-        f"{share:.0%} accepted; by position {drafted['accepted_by_position']}",
-        highlight=False,
-    )
-
-
-def _show_load(result: dict[str, Any], json_file: str | None) -> None:
-    from llmopt.bench.metrics import LATENCIES
-
-    out = console.output(json_file)
-    table = Table("milliseconds", title=Text(f"{result['model']} at {result['base_url']}"))
-    for heading in ("mean", "p50", "p90", "p99"):
-        table.add_column(heading, justify="right")
-    for name in LATENCIES:
-        if result[name] is not None:
-            table.add_row(name.removesuffix("_ms"), *(f"{result[name][p]:.2f}" for p in ("mean", "p50", "p90", "p99")))
-    out.print(table)
-    requests = result["requests"]
-    out.print(
-        f"{requests['ok']} of {requests['total']} requests answered, {requests['failed']} failed, "
-        f"in {result['seconds']:.2f} s",
-        highlight=False,
-    )
-    for name in ("output_tokens_per_s", "output_tokens_per_s_per_gpu", "tokens_per_s_per_user", "goodput"):
-        if result[name] is not None:
-            out.print(f"{name}: {result[name]:.2f}", highlight=False)
-    for error, count in result["errors"].items():
-        out.print(f"failed {count} times: {error}", style="red", markup=False, highlight=False)
-    for name, meaning in result["meanings"].items():
-        if result[name] is not None:
-            out.print(f"{name}: {meaning}", style="dim", markup=False, highlight=False)
+_MEASUREMENTS = {
+    "MODEL": (_bench_grid, bench_tables.show_runs),
+    "--request-rate": (_bench_load, bench_tables.show_load),
+    "--ablate": (_bench_ablation, bench_tables.show_ablation),
+    "--profile": (_bench_profile, bench_tables.show_profile),
+    "--stall": (_bench_stall, bench_tables.show_stall),
+    "--base-url": (_bench_server, bench_tables.show_load),
+}

@@ -44,6 +44,24 @@ def serve(
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Compute the beginning that prompts share once, and keep it while there is room.")
     ] = True,
+    chunked_prefill_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of prompts in a step that also decodes, at most, so that none stalls running streams; 0 for "
+            "no limit of its own. By default, on a CPU, prompts of over 512 tokens are spread over steps so that each "
+            "stays under three times as long."
+        ),
+    ] = None,
+    batching: Annotated[
+        str,
+        typer.Option(
+            help="continuous lets requests in at every step; static only when a batch has ended; dynamic also gathers "
+            "them first."
+        ),
+    ] = "continuous",
+    batching_window: Annotated[
+        float | None, typer.Option(help="Milliseconds that dynamic batching waits for a batch to fill.  [100]")
+    ] = None,
     scheduling_policy: Annotated[
         str, typer.Option(help="fcfs, or priority: requests of the lowest `priority` first.")
     ] = "fcfs",
@@ -86,6 +104,7 @@ def serve(
         "dtype": dtype,
         "kv_cache_dtype": kv_cache_dtype,
         "scheduling_policy": scheduling_policy,
+        "batching": batching,
     }
     engine = EngineConfig(
         model=model,
@@ -95,6 +114,8 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        chunked_prefill_size=chunked_prefill_size,
+        batching_window=batching_window,
         enable_prefix_caching=enable_prefix_caching,
         speculative_config=SpeculativeConfig.parse(speculative_config),
         threads=threads,

@@ -1,10 +1,11 @@
 """The loop that all of llmopt runs on: schedule, draft, compute, sample, give out."""
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
+from llmopt.engine.admission import admission_of
 from llmopt.engine.batch import Batch, build_batch
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
@@ -12,6 +13,7 @@ from llmopt.engine.config import EngineConfig
 from llmopt.engine.generation import Generation
 from llmopt.engine.outputs import Delta, EngineStats
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.prefill_pace import pace_of
 from llmopt.engine.prompt_logprobs import due_tokens, report_prompts
 from llmopt.engine.request import Request
 from llmopt.engine.runner import Runner
@@ -33,6 +35,9 @@ class Engine:
     """A model and the requests it works on. `add` puts one in, `step` moves all of them on.
 
     Not safe for several threads: whoever owns the engine calls it from one.
+
+    Attributes:
+        watch: told the name of each phase of a step when it has ended, for whoever wants to know what takes how long.
     """
 
     def __init__(self, config: EngineConfig, progress: Progress = silent) -> None:
@@ -47,9 +52,17 @@ class Engine:
         self.max_model_len = self.runner.plan.max_model_len
         self.pool = BlockPool(self.runner.plan.blocks, config.block_size)
         keys = BlockKeys(config.block_size) if config.enable_prefix_caching else None
-        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens, keys)
+        self.scheduler = Scheduler(
+            self.pool,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            keys,
+            pace_of(config.chunked_prefill_size, self.runner.backend.device.type, source.config),
+            admission_of(config.batching, config.max_num_seqs, config.batching_window_s),
+        )
         self.sampler = Sampler(self.runner.backend)
         self.speculator = None if drafting is None else self._speculator(drafting, draft, progress)
+        self.watch: Callable[[str], None] = lambda phase: None
         self._generations: dict[str, Generation] = {}
         self._seeds = random.Random(config.seed)
         self._steps = self._prompt_tokens = self._generation_tokens = 0
@@ -107,24 +120,38 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._generations)
 
+    @property
+    def pause(self) -> float:
+        """Seconds for which a step would compute nothing unless something comes: those until a batch that is being
+        gathered begins, else 0."""
+        return self.scheduler.pause
+
     def step(self) -> list[Delta]:
-        """Compute one step of the continuous batch and give out what it added, in the order of arrival."""
+        """Compute one step of the batch and give out what it added, in the order in which it was scheduled."""
         if self.speculator is not None:
             self.speculator.plan(self.scheduler.running, lambda request: self._generations[request.id].left)
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        self.watch("schedule")
         if self.speculator is not None:
             self.speculator.draft(chunks)
+            self.watch("draft")
         batch = build_batch(chunks, self.config.block_size)
-        sampled = self.sampler(self._compute(chunks, batch), batch.rows)
+        self.watch("build batch")
+        logits = self._compute(chunks, batch)
+        self.watch("compute")
+        sampled = self.sampler(logits, batch.rows)
+        self.watch("sample")
         deltas = self._advance(chunks, sampled)
+        self.watch("detokenize")
         self.scheduler.retire(chunks)
         for delta in deltas:
             if delta.finish_reason is not None:
                 self._finish(delta.request_id)
         if self.speculator is not None:
             self.speculator.observe(chunks)
+        self.watch("schedule")
         self._steps += 1
         self._generation_tokens += sum(len(delta.token_ids) for delta in deltas)
         return deltas

@@ -1,5 +1,6 @@
 """The engine from Python: `LLM("smollm2").generate(["Once upon a time"])`."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +19,9 @@ class LLM:
     """A model in this process. Options are the fields of `EngineConfig`, which are the flags of `llmopt serve`;
     `speculative_config` may be a dict of its keys.
 
+    One default differs: chunked_prefill_size is 0, because all prompts are there from the beginning and nobody watches
+    a stream.
+
     Example:
         >>> llm = LLM("smollm2", max_num_seqs=8)
         >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0))[0].outputs[0].text
@@ -27,7 +31,7 @@ class LLM:
         speculation = options.get("speculative_config")
         if isinstance(speculation, Mapping):
             options["speculative_config"] = SpeculativeConfig.of(speculation)
-        self.engine = Engine(EngineConfig(model=model, **options))
+        self.engine = Engine(EngineConfig(model=model, **{"chunked_prefill_size": 0} | options))
         self._requests = 0
 
     def generate(
@@ -82,6 +86,7 @@ class LLM:
             for result, params, priority in work:
                 self._add(result, params, priority, cache_salt, completions)
             while self.engine.has_work:
+                time.sleep(self.engine.pause)
                 steps += 1
                 for delta in self.engine.step():
                     _extend(*completions[delta.request_id], delta)

@@ -19,6 +19,7 @@ class Runner:
 
     Attributes:
         plan: the number of blocks and the longest request.
+        cache_kind: what the KV cache holds, one of CACHE_DTYPES.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Runner:
             self.backend = select_backend(config.backend, config.device, config.dtype, config.threads)
         else:
             self.backend = target.backend  # its threads too: those of two pools would be in each other's way
-        self.plan = self._plan(config, self._cache_kind(config, self.backend.cache_kind))
+        self.cache_kind = self._cache_kind(config, self.backend.cache_kind)
+        self.plan = self._plan(config, self.cache_kind)
         with torch.inference_mode():
             self.decoder = Decoder(source, self.backend, progress)
             self.fused = self.decoder.fuse(self.plan.blocks, config.block_size, config.kv_cache_dtype)
@@ -46,10 +48,10 @@ class Runner:
 
     def _allocate(self, config: EngineConfig) -> list[KVCache]:
         """A cache for each layer that the operations called one by one work on; auto is the dtype of activations."""
-        kind = self._cache_kind(config, str(self.backend.dtype).removeprefix("torch."))
-        self.plan = self._plan(config, kind)
+        self.cache_kind = self._cache_kind(config, str(self.backend.dtype).removeprefix("torch."))
+        self.plan = self._plan(config, self.cache_kind)
         shape = (self.plan.blocks, config.block_size, self.config.num_kv_heads, self.config.head_dim)
-        return [self.backend.kv_cache(kind, *shape) for _ in range(self.config.num_layers)]
+        return [self.backend.kv_cache(self.cache_kind, *shape) for _ in range(self.config.num_layers)]
 
     def _plan(self, config: EngineConfig, kind: str) -> CachePlan:
         if self._target is None:

@@ -7,6 +7,10 @@ chunk of a long one, one decoded token and the recomputation after a preemption 
 somebody has drafted make the gap longer, where budget and blocks are left over, and are taken back if they turn out
 wrong: they take nothing from anybody.
 
+Who decodes comes first, so that no prompt takes the budget from a stream; and a step that decodes takes in prompts at a
+pace (`prefill_pace.py`), so that none of them makes it long (Agrawal et al. 2024, arXiv:2403.02310). Who of those that
+wait may enter at all is for an admission policy to say (`admission.py`).
+
 What is promised to requests, as long as each of them ends some time:
 - Every one gets in, unless there is no end of those with a higher priority. One that does not fit now lets those behind
   it in before it, but only MOST_OVERTAKEN of them, and none once it has been preempted.
@@ -20,8 +24,10 @@ What is promised to requests, as long as each of them ends some time:
 from bisect import insort
 from dataclasses import dataclass
 
+from llmopt.engine.admission import Admission, Continuous
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
+from llmopt.engine.prefill_pace import PrefillPace
 from llmopt.engine.request import Request
 
 MOST_OVERTAKEN = 16
@@ -62,17 +68,27 @@ class Scheduler:
 
     Attributes:
         keys: how full blocks are found again; None computes every request from its beginning.
+        pace: of prompts in a step in which streams decode; None for no limit but the budget.
+        admission: the policy that says who of those that wait may enter.
         waiting, running: in the order of their rank.
         queried, found: tokens that were looked for in the cache, and those of them that were found.
     """
 
     def __init__(
-        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, keys: BlockKeys | None = None
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        keys: BlockKeys | None = None,
+        pace: PrefillPace | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.keys = keys
+        self.pace = pace
+        self.admission = admission or Continuous()
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = self.queried = self.found = 0
@@ -83,16 +99,23 @@ class Scheduler:
         request.arrival = self._arrivals
         if self.keys is not None:
             self.keys.catch_up(request)
+        self.admission.add(request)
         insort(self.waiting, request, key=_rank)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty where nothing waits or runs."""
-        budget = self.max_num_batched_tokens
+        """The chunks of the next step; empty where nothing runs and nobody waits that may enter."""
+        budget = _Budget(self.max_num_batched_tokens)
         preemptions = self.preemptions
+        # No blocks: preempted a moment ago. Who is kept here stays, since only those behind it are preempted after it.
+        running = [request for request in tuple(self.running) if request.blocks and self._reserve(request)]
         chunks: list[Chunk] = []
-        for request in tuple(self.running):
-            if request.blocks and self._reserve(request):  # no blocks: preempted a moment ago
-                budget = self._spend(request, budget, chunks)
+        for request in filter(_decodes, running):
+            self._spend(request, budget, chunks)
+        if chunks and self.pace is not None:
+            budget.pace, budget.work = self.pace, self.pace.work(len(chunks))
+        for request in running:
+            if not _decodes(request):
+                self._spend(request, budget, chunks)
         if self.preemptions == preemptions:
             self._admit(budget, chunks)
         self._lengthen(chunks)
@@ -118,18 +141,23 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
+        self.admission.remove(request)
         self.pool.release(request.blocks)
+
+    @property
+    def pause(self) -> float:
+        """Seconds for which there is nothing to compute, unless something is added or removed."""
+        return 0.0 if self.running else self.admission.pause(self.waiting)
 
     def check(self) -> None:
         """Raise LlmoptError unless every block is accounted for."""
         self.pool.check(request.blocks for request in (*self.running, *self.waiting))
 
-    def _spend(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
-        """Spend what the budget allows on a request's gap; returns what is left of the budget."""
-        count = min(request.known - request.computed, budget)
+    def _spend(self, request: Request, budget: "_Budget", chunks: list[Chunk]) -> None:
+        """Spend what the budget allows on a request's gap."""
+        count = budget.take(request)
         if count > 0:
             chunks.append(Chunk(request, request.computed, count))
-        return budget - count
 
     def _reserve(self, request: Request) -> bool:
         """Get blocks for a running request's known tokens, at the cost of the last ones; False if it was itself."""
@@ -144,16 +172,16 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self, budget: int, chunks: list[Chunk]) -> None:
+    def _admit(self, budget: "_Budget", chunks: list[Chunk]) -> None:
         """Let in whom there is room for, in order, and spend what is left of the budget on them."""
         passed: list[Request] = []  # those that did not get in
-        for request in self.waiting[: self.max_num_seqs + MOST_PASSED]:
-            if budget == 0 or len(self.running) == self.max_num_seqs:
+        for request in self.admission.select(self.waiting)[: self.max_num_seqs + MOST_PASSED]:
+            if budget.tokens == 0 or len(self.running) == self.max_num_seqs:
                 return
             if len(passed) == MOST_PASSED or any(_must_be_next(one) for one in passed):
                 return
             if self._let_in(request):
-                budget = self._spend(request, budget, chunks)
+                self._spend(request, budget, chunks)
                 for one in passed:
                     one.overtaken += 1
             else:
@@ -209,6 +237,30 @@ class Scheduler:
             keys.catch_up(request)
             for place in range(first, last):
                 self.pool.name(request.blocks[place], request.keys[place])
+
+
+@dataclass
+class _Budget:
+    """What a step has left to spend: tokens, and work at a pace where it has one."""
+
+    tokens: int
+    pace: PrefillPace | None = None
+    work: float = 0.0
+
+    def take(self, request: Request) -> int:
+        """Tokens for a request's gap. With a pace, the first one that it holds back gets at least one."""
+        count = min(request.known - request.computed, self.tokens)
+        if self.pace is not None and self.pace.holds_back(request.known):
+            cost = self.pace.cost(request.computed)
+            count = min(count, max(1, int(self.work / cost))) if self.work >= 1 else 0
+            self.work -= count * cost
+        self.tokens -= count
+        return count
+
+
+def _decodes(request: Request) -> bool:
+    """Whether nothing but the token sampled last is still to be computed."""
+    return request.known - request.computed == 1
 
 
 def _must_be_next(request: Request) -> bool:

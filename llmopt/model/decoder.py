@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt.backend.base import Backend, DecoderParts, FusedDecoder, LayerParts, PagedBatch
+from llmopt.backend.base import Backend, DecoderParts, FusedDecoder, LayerParts, Linear, PagedBatch
 from llmopt.backend.kv_cache import KVCache
 from llmopt.model import rope
 from llmopt.model.config import ModelConfig
@@ -76,6 +76,10 @@ class DecoderLayer:
         hidden = backend.silu_mul(self.gate_up(backend.rms_norm(x, self.mlp_norm, eps)))
         return x + self.down(hidden)
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
     def parts(self) -> LayerParts:
         return LayerParts(
             input_norm=self.input_norm,
@@ -115,6 +119,12 @@ class Decoder:
             head = source.head
         self.head = backend.pack([head], [None])
         self.frequencies = rope.frequencies(config.rope, config.head_dim).to(backend.device)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step reads: all but the embedding's, of which it reads a row for each token."""
+        linears = [self.head, *(linear for layer in self.layers for linear in layer.linears)]
+        return sum(linear.nbytes for linear in linears)
 
     def fuse(self, blocks: int, block_size: int, cache_dtype: str) -> FusedDecoder | None:
         """This decoder as one operation with a paged cache, where the backend has one for it."""

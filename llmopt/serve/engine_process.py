@@ -66,7 +66,7 @@ def main() -> None:
 
 def _run(connection: EngineSocket) -> None:
     try:
-        first, *others = connection.receive(wait=True)
+        first, *others = connection.receive(None)
         if not isinstance(first, Configure):
             raise LlmoptError("the engine process must be configured before anything else")
         engine = _load(first)
@@ -99,14 +99,14 @@ def _load(configure: Configure) -> "Engine":
 def serve_requests(engine: "Engine", connection: EngineSocket, messages: list[ToEngine]) -> None:
     """The engine's loop: take in what has come, compute a step, give out what it added.
 
-    Sleeps on the socket when there is nothing to compute. Only ends by an exception: EOFError or OSError when the API
-    process is gone.
+    Sleeps on the socket when there is nothing to compute, or nothing yet. Only ends by an exception: EOFError or
+    OSError when the API process is gone.
     """
     while True:
         for message in messages:
             _take(engine, connection, message)
         connection.send(Deltas(engine.step() if engine.has_work else [], engine.stats()))
-        messages = connection.receive(wait=not engine.has_work)
+        messages = connection.receive(engine.pause if engine.has_work else None)
 
 
 def _take(engine: "Engine", connection: EngineSocket, message: ToEngine) -> None:

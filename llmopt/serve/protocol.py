@@ -4,6 +4,8 @@ Messages are msgspec structs as msgpack, each behind its length in four bytes, o
 pickle: bytes that were tampered with can be refused but cannot run.
 """
 
+import math
+import select
 import socket
 import struct
 
@@ -91,20 +93,24 @@ class EngineSocket:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._received = bytearray()
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
 
     def send(self, message: FromEngine) -> None:
         """Send a message. Raises OSError when the API process is gone."""
         self._socket.sendall(frame(message))
 
-    def receive(self, wait: bool) -> list[ToEngine]:
-        """The messages that have come; with `wait` at least one, else perhaps none.
+    def receive(self, seconds: float | None) -> list[ToEngine]:
+        """The messages that have come, waiting for the first that long at most; None waits until there is one.
 
         Raises EOFError when the API process is gone.
         """
         messages = self._complete_messages()
-        while wait and not messages:
+        while seconds is None and not messages:
             self._read(0)
             messages = self._complete_messages()
+        if seconds and not messages:
+            self._readable.poll(math.ceil(1e3 * seconds))
         while self._read(socket.MSG_DONTWAIT):
             messages += self._complete_messages()
         return messages

@@ -111,6 +111,57 @@ def test_the_cache_is_of_the_kind_that_was_asked_for(kind, monkeypatch, tmp_path
     assert [cache.keys.dtype for cache in made] == [CACHE_DTYPES[kind]] * 3
 
 
+@pytest.fixture
+def quick_machine(monkeypatch):
+    """A look at the machine that takes no time."""
+    monkeypatch.setattr("llmopt.bench.machine.PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("llmopt.bench.machine.PROBE_SIZE", 64)
+    monkeypatch.setattr("llmopt.bench.machine.PROBE_SECONDS", 0.0)
+
+
+LOAD = ("--num-prompts", 5, "--input-len", 12, "--output-len", 4, "--backend", "reference")
+
+
+def test_a_load_in_this_process(monkeypatch, tmp_path, tiny_model, capsys, quick_machine):
+    out = tmp_path / "bench.json"
+    words = ("--request-rate", 200, "--batching", "static", "--goodput", "ttft:60000", *LOAD, "--json", out)
+    assert llmopt(monkeypatch, "bench", tiny_model("llama")[0], *words) == 0
+    result = json.loads(out.read_text())
+    assert result["requests"] == {"total": 5, "ok": 5, "failed": 0}
+    assert (result["output_tokens"], result["engine"]["batching"], result["request_rate"]) == (20, "static", 200.0)
+    assert "5 of 5 requests answered" in capsys.readouterr().out
+
+
+def test_an_ablation(monkeypatch, tmp_path, tiny_model, capsys, quick_machine):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = tmp_path / "bench.json"
+    assert llmopt(monkeypatch, "bench", tiny_model("llama")[0], "--ablate", "--repeats", 1, *LOAD, "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert result["request_rate"] > 0
+    names = [row["name"] for row in result["rows"]]
+    assert names[0] == "all on" and result["rows"][0]["of_all_on"] == 1
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names) and max(map(len, shown.splitlines())) <= 100
+
+
+def test_a_profile(monkeypatch, tmp_path, tiny_model, capsys, quick_machine):
+    out = tmp_path / "bench.json"
+    words = ("--profile", "-b", 3, "-p", 9, "-n", 8, "--backend", "reference", "--json", out)
+    assert llmopt(monkeypatch, "bench", tiny_model("llama")[0], *words) == 0
+    result = json.loads(out.read_text())
+    assert (result["batch"], result["prompt_len"], result["gen_len"]) == (3, 9, 8)
+    assert "of the memory's limit" in capsys.readouterr().out
+
+
+def test_a_stall(monkeypatch, tmp_path, tiny_model, capsys, quick_machine):
+    out = tmp_path / "bench.json"
+    words = ("--stall", "-b", 2, "-p", 40, "--repeats", 1, "--chunked-prefill-size", 8, "--backend", "reference")
+    assert llmopt(monkeypatch, "bench", tiny_model("llama")[0], *words, "--json", out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["name"], row["steps"]["median"]) for row in rows] == [("chunked", 5), ("in one piece", 1)]
+    assert "worst gap" in capsys.readouterr().out
+
+
 URL = ("--base-url", "http://127.0.0.1:1", "--model", "m")
 
 
@@ -120,7 +171,16 @@ URL = ("--base-url", "http://127.0.0.1:1", "--model", "m")
         ((), "give either MODEL"),
         (("smollm2", *URL), "give either MODEL"),
         (("--base-url", "http://127.0.0.1:1"), "--model NAME"),
-        (("smollm2", "--request-rate", "4"), "--request-rate only goes with --base-url"),
+        (("smollm2", "--input-len", "4"), "--input-len only goes with --request-rate or --ablate or --base-url"),
+        (("smollm2", "--static"), "No such option"),
+        (("smollm2", "--ablate", "--profile"), "--ablate and --profile are measured one at a time"),
+        (("smollm2", "--ablate", "-p", "4"), "--prompt-len only goes with"),
+        (("smollm2", "--profile", "-b", "1,2"), "--batch takes one number"),
+        (("smollm2", "--batching", "static"), "--batching only goes with --request-rate or --ablate"),
+        (("smollm2", "--request-rate", "0"), "--request-rate must be above 0"),
+        (("smollm2", "--request-rate", "1", "--batching-window", "3"), "needs --batching dynamic"),
+        (("smollm2", "--request-rate", "1", "--random-range-ratio", "1"), "--random-range-ratio must be"),
+        ((*URL, "--stall"), "--stall only goes with"),
         (("smollm2", "--no-ignore-eos"), "--ignore-eos only goes with --base-url"),
         ((*URL, "-p", "4"), "--prompt-len only goes with MODEL"),
         ((*URL, "--threads", "1"), "--threads only goes with MODEL"),

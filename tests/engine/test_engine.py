@@ -6,6 +6,7 @@ from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.llm import LLM
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.prefill_pace import PrefillPace, pace_of
 from llmopt.errors import InputError
 
 LONGEST = 256
@@ -132,6 +133,12 @@ def test_params_that_fail_half_way_leave_nothing(llm: LLM) -> None:
         ({"kv_cache_memory_bytes": 40_000, "max_model_len": 256}, "does not fit into the KV cache"),
         ({"kv_cache_memory_bytes": 2**60}, "more than this machine's memory"),
         ({"device": "tpu"}, "tpu"),
+        ({"batching": "lazy"}, "continuous, dynamic, static"),
+        ({"batching_window": 5.0}, "needs --batching dynamic"),
+        ({"batching": "static", "batching_window": 5.0}, "needs --batching dynamic"),
+        ({"batching": "dynamic", "batching_window": -1.0}, "at least 0 ms"),
+        ({"batching": "dynamic", "batching_window": float("nan")}, "at least 0 ms"),
+        ({"chunked_prefill_size": -1}, "0 for no limit"),
         ({"dtype": "int3"}, "int3"),
     ],
 )
@@ -146,3 +153,56 @@ def test_a_small_cache_shortens_what_is_taken(tiny_model, caplog) -> None:
     assert "limited to" in caplog.text
     with pytest.raises(InputError, match="may have"):
         small.generate([[5] * small.engine.max_model_len])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_no_policy_and_no_chunk_changes_what_is_said(backend: str, tiny_model) -> None:
+    if backend == "cpu":
+        pytest.importorskip("llmopt.kernels._cpu")
+    options = {"backend": backend, "dtype": "float32", "max_num_seqs": 3, "block_size": 16}
+    prompts: list = [list(range(3, 3 + length)) for length in (40, 2, 11, 90, 19)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 3, 12, 5, 7)]
+
+    def said(**more) -> list:
+        llm = LLM(str(tiny_model("llama")[0]), **options, **more)
+        results = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        llm.engine.check()
+        assert llm.engine.stats().used_blocks == 0
+        return results
+
+    alone = said()
+    assert said(chunked_prefill_size=4) == alone
+    assert said(batching="static") == alone
+    assert said(batching="dynamic", batching_window=20.0, chunked_prefill_size=16) == alone
+
+
+def test_an_engine_says_how_long_it_gathers_and_that_it_no_longer_does(tiny_model) -> None:
+    config = EngineConfig(
+        model=str(tiny_model("llama")[0]), backend="reference", max_num_seqs=2, batching="dynamic", batching_window=6e4
+    )
+    engine = Engine(config)
+    assert engine.pause == 0
+    engine.add("a", [5], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert engine.has_work and 59 < engine.pause <= 60
+    assert engine.step() == []
+    engine.add("b", [5], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert engine.pause == 0
+    assert len(engine.step()) == 2
+
+
+def test_chunks_are_limited_on_a_cpu_unless_told_otherwise_and_not_for_llm(tiny_model) -> None:
+    folder = str(tiny_model("llama")[0])
+    engine = Engine(EngineConfig(model=folder, backend="reference"))
+    assert engine.scheduler.pace == pace_of(None, "cpu", engine.model_config)
+    assert LLM(folder, backend="reference").engine.scheduler.pace is None
+    assert LLM(folder, backend="reference", chunked_prefill_size=7).engine.scheduler.pace == PrefillPace(7)
+
+
+def test_the_phases_of_a_step_come_in_their_order(engine: Engine) -> None:
+    phases: list[str] = []
+    engine.watch = phases.append
+    engine.step()
+    assert phases == []
+    engine.add("r", [5, 6], SamplingParams(max_tokens=2, ignore_eos=True))
+    engine.step()
+    assert phases == ["schedule", "build batch", "compute", "sample", "detokenize", "schedule"]

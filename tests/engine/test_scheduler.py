@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llmopt.engine.block_keys import BlockKeys
 from llmopt.engine.block_pool import BlockPool
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.prefill_pace import PrefillPace
 from llmopt.engine.request import Request
 from llmopt.engine.scheduler import MOST_OVERTAKEN, Chunk, Scheduler
 
@@ -50,9 +51,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tokens = 0  # the most that any request got in each step, summed
         self.returned: dict[str, int] = {}  # at how many tokens preempted ones came back, until another comes in
 
-    @initialize(caching=st.sampled_from([True, True, False]), budget=st.integers(4, 40), prioritized=st.booleans())
-    def begin(self, caching: bool, budget: int, prioritized: bool) -> None:
+    @initialize(
+        caching=st.sampled_from([True, True, False]),
+        budget=st.integers(4, 40),
+        chunk=st.sampled_from([None, 1, 3, 8]),
+        prioritized=st.booleans(),
+    )
+    def begin(self, caching: bool, budget: int, chunk: int | None, prioritized: bool) -> None:
         self.scheduler = make_scheduler(budget=budget, caching=caching)
+        self.scheduler.pace = None if chunk is None else PrefillPace(chunk)
         self.prioritized = prioritized
 
     @rule(
@@ -94,10 +101,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _step(self, accepted: dict[str, int] | None = None) -> None:
         self.steps += 1
         waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
+        decoding = [request for request in running if request.known - request.computed == 1]
         chunks = self.scheduler.schedule()
         self._check_who_runs(waiting, running)
         assert sum(chunk.count for chunk in chunks) <= self.scheduler.max_num_batched_tokens
         assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+        self._check_streams(decoding, chunks)
         assert bool(chunks) == bool(self.live), "work that is there must go on"
         for chunk in chunks:
             self._check_chunk(chunk)
@@ -133,6 +142,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.passed.update(other.id for other in self.scheduler.waiting if other.rank < request.rank)
             self.returned = {request.id: self.tokens} if request.preemptions else {}
         assert max(self.passed.values(), default=0) <= MOST_OVERTAKEN
+
+    def _check_streams(self, decoding: list[Request], chunks: list[Chunk]) -> None:
+        """Every stream goes on unless it was preempted, and prompts take no more beside streams than they may."""
+        going = [request for request in decoding if request in self.scheduler.running]
+        computed = {chunk.request.id: chunk.count for chunk in chunks}
+        assert all(computed.get(request.id) == 1 for request in going)
+        pace = self.scheduler.pace
+        if going and pace is not None:
+            assert sum(computed.values()) - len(going) <= pace.least
 
     def _check_chunk(self, chunk: Chunk) -> None:
         request = chunk.request
@@ -177,7 +195,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """All that is still there comes to its end, in the steps that it would take one after the other, twice."""
-        end = self.steps + 2 * len(self.live) * (LONGEST + LONGEST // 4)
+        end = self.steps + 2 * len(self.live) * (2 * LONGEST + LONGEST // 4)
         while self.live:
             self._step()
             assert self.steps <= end
@@ -202,6 +220,82 @@ def test_running_requests_decode_beside_a_new_prompt() -> None:
     run_step(scheduler)
     scheduler.add(make_request("new", 20))
     assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("old", 1), ("new", 9)]
+
+
+def decoding(scheduler: Scheduler, *names: str) -> list[Request]:
+    """Requests that have been taken in and decode."""
+    requests = [make_request(name, 3) for name in names]
+    for request in requests:
+        scheduler.add(request)
+    run_step(scheduler)
+    return requests
+
+
+def test_a_step_that_decodes_takes_in_no_more_of_prompts_than_the_chunk_size() -> None:
+    scheduler = make_scheduler(blocks=16, budget=20)
+    scheduler.pace = PrefillPace(6)
+    old, other = decoding(scheduler, "old", "other")
+    scheduler.add(make_request("new", 9))
+    scheduler.add(make_request("next", 9))
+    steps = [[(c.request.id, c.count) for c in run_step(scheduler)] for _ in range(4)]
+    streams = [("old", 1), ("other", 1)]
+    assert steps[0] == [*streams, ("new", 6)]
+    assert steps[1] == [*streams, ("new", 3), ("next", 3)]
+    assert steps[2] == [*streams, ("new", 1), ("next", 6)]
+    scheduler.remove(old)
+    scheduler.remove(other)
+
+
+def test_a_step_in_which_nothing_decodes_spends_its_whole_budget_on_prompts() -> None:
+    scheduler = make_scheduler(budget=20)
+    scheduler.pace = PrefillPace(6)
+    scheduler.add(make_request("one", 9))
+    scheduler.add(make_request("two", 9))
+    assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("one", 9), ("two", 9)]
+
+
+def test_a_prompt_is_taken_in_more_slowly_the_deeper_and_faster_beside_more_streams() -> None:
+    def chunks(*streams: str) -> list[int]:
+        scheduler = make_scheduler(blocks=32, seqs=8, budget=64)
+        scheduler.pace = PrefillPace(4, per_stream=4, depth=16)
+        decoding(scheduler, *streams)
+        scheduler.add(make_request("long", 64))
+        return [run_step(scheduler)[-1].count for _ in range(6)]
+
+    assert chunks("a") == [4, 3, 2, 2, 2, 2]  # 4 / (1 + 4/16) = 3.2, 4 / (1 + 7/16) = 2.8, and so on
+    assert chunks("a", "b") == [8, 5, 4, 3, 3, 3]
+
+
+def test_short_prompts_are_not_held_back_and_pass_a_long_one_that_is() -> None:
+    scheduler = make_scheduler(blocks=32, seqs=8, budget=30)
+    scheduler.pace = PrefillPace(4, longer_than=10)
+    decoding(scheduler, "a")
+    scheduler.add(make_request("long", 20))
+    assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("a", 1), ("long", 4)]
+    scheduler.add(make_request("second", 20))
+    scheduler.add(make_request("short", 10))
+    assert [(c.request.id, c.count) for c in run_step(scheduler)] == [("a", 1), ("long", 4), ("short", 10)]
+    for _ in range(3):
+        run_step(scheduler)
+    assert [(c.request.id, c.count) for c in run_step(scheduler)][-1] == ("second", 4)
+
+
+def test_a_prompt_however_deep_goes_on() -> None:
+    scheduler = make_scheduler(blocks=32, seqs=8, budget=64)
+    scheduler.pace = PrefillPace(1, depth=1)
+    decoding(scheduler, "a")
+    scheduler.add(make_request("long", 20))
+    for step in range(20):
+        assert [(c.start, c.count) for c in run_step(scheduler)[1:]] == [(step, 1)]
+
+
+def test_a_prompt_takes_no_tokens_from_a_stream_however_early_it_came() -> None:
+    scheduler = make_scheduler(budget=6)
+    scheduler.add(make_request("stream", 3, priority=1))
+    run_step(scheduler)
+    scheduler.add(make_request("prompt", 20, priority=0))
+    for _ in range(3):
+        assert ("stream", 1) in [(c.request.id, c.count) for c in run_step(scheduler)]
 
 
 def test_the_newest_is_preempted_and_recomputed_and_the_oldest_never_waits() -> None:

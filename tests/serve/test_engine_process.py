@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,11 @@ class CountingEngine:
     def __init__(self) -> None:
         self.left: dict[str, int] = {}
         self.steps = 0
+        self.opens = 0.0  # until then, every step computes nothing
+
+    @property
+    def pause(self):
+        return max(0.0, self.opens - time.monotonic())
 
     def add(self, request_id, prompt, params, priority, cache_salt):
         if not prompt:
@@ -35,6 +41,8 @@ class CountingEngine:
     def step(self):
         self.steps += 1
         deltas = []
+        if self.pause:
+            return deltas
         for request_id in list(self.left):
             self.left[request_id] -= 1
             reason = None if self.left[request_id] else "length"
@@ -125,3 +133,20 @@ def test_an_idle_loop_sleeps(loop):
     loop.send(Abort("a"))
     loop.receive()
     assert loop.engine.steps == steps == 3
+
+
+def test_a_loop_that_gathers_a_batch_sleeps_and_wakes_by_itself(loop):
+    loop.engine.opens = time.monotonic() + 0.3
+    loop.send(Add("a", [1], SamplingParams()))
+    assert until_finished(loop, ["a"]) == {"a": 3}
+    assert time.monotonic() >= loop.engine.opens
+    assert loop.engine.steps <= 3 + 3, "one step that found nothing, or a few, but no busy loop"
+
+
+def test_a_loop_that_gathers_a_batch_takes_in_what_comes(loop):
+    loop.engine.opens = time.monotonic() + 60
+    loop.send(Add("a", [1], SamplingParams()))
+    while not loop.receive().stats.running:
+        pass
+    loop.send(Abort("a"))
+    assert loop.receive().stats.running == 0

@@ -1,4 +1,5 @@
 import socket
+import time
 
 import pytest
 from hypothesis import given
@@ -40,17 +41,17 @@ def test_messages_survive_any_cut_of_the_stream(sizes):
         for size in sizes:
             ours.sendall(stream[:size])
             stream = stream[size:]
-            received += connection.receive(wait=False)
+            received += connection.receive(0)
         ours.sendall(stream)
         while len(received) < len(MESSAGES):
-            received += connection.receive(wait=True)
+            received += connection.receive(None)
     assert received == MESSAGES
 
 
 def test_receive_without_wait_returns_at_once():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert EngineSocket(theirs).receive(wait=False) == []
+        assert EngineSocket(theirs).receive(0) == []
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -71,3 +72,17 @@ def test_a_message_goes_behind_its_length_and_comes_back_the_same():
         data = ours.recv(1 << 16)
     assert LENGTH.unpack(data[: LENGTH.size])[0] == len(data) - LENGTH.size
     assert from_engine_decoder.decode(data[LENGTH.size :]) == Deltas([delta], STATS)
+
+
+def test_waiting_for_messages_ends_by_the_clock_and_by_a_message():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = EngineSocket(theirs)
+        start = time.monotonic()
+        assert connection.receive(0.05) == []
+        assert 0.05 <= time.monotonic() - start < 5
+        ours.sendall(frame(Abort("a")))
+        assert connection.receive(60) == [Abort("a")]
+        ours.close()
+        with pytest.raises(EOFError):
+            connection.receive(60)
