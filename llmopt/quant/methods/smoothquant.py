@@ -23,6 +23,7 @@ KEEP_ROWS = 512  # inputs on which a strength is judged
 class SmoothQuant(Method):
     """Attributes:
     head_dim: the length of an attention head, by which the output projection's inputs are told apart.
+    norm_offset: that of `ModelConfig`.
     """
 
     name = "smoothquant"
@@ -30,14 +31,15 @@ class SmoothQuant(Method):
     needs_gram = False
     keep_rows = KEEP_ROWS
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, norm_offset: float = 0.0) -> None:
         self.head_dim = head_dim
+        self.norm_offset = norm_offset
 
     def quantize_layer(
         self, weights: dict[str, Tensor], schemes: Mapping[str, Scheme], statistics: dict[str, InputStatistics]
     ) -> LayerResult:
         smoothed = dict(weights)
-        for fold in folds(weights, schemes, self.head_dim):
+        for fold in folds(weights, schemes, self.head_dim, self.norm_offset):
             members = [stack for stack in stacks(smoothed, schemes) if stack.group == fold.group]
             scales = _search_scales(members, fold, statistics[fold.group])
             fold.apply(smoothed, scales)
