@@ -192,7 +192,7 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         norm_offset=architecture.norm_offset,
         post_norms=architecture.post_norms,
         embedding_scale=hidden**0.5 if architecture.scales_embedding else None,
-        attention_scale=fields.number("query_pre_attn_scalar") ** -0.5 if architecture.query_scale else None,
+        attention_scale=_attention_scale(fields) if architecture.query_scale else None,
         attention_soft_cap=_soft_cap(architecture, fields, "attn_logit_softcapping"),
         logit_soft_cap=_soft_cap(architecture, fields, "final_logit_softcapping"),
         local_rope=local_rope,
@@ -289,9 +289,16 @@ def _find(classes: Any, where: str) -> Architecture:
 def _activation(architecture: Architecture, values: Mapping[str, Any], where: str) -> Activation:
     gemma = "hidden_activation"
     name = values.get(gemma) if gemma in architecture.defaults else values.get("hidden_act", "silu")
-    if name not in _ACTIVATIONS:
+    if name not in tuple(_ACTIVATIONS):  # a list, which a damaged file may hold, is no key
         raise InputError(f"{where}: the activation {name!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
+
+
+def _attention_scale(fields: Fields) -> float:
+    scalar = fields.number("query_pre_attn_scalar")
+    if scalar <= 0:
+        raise InputError(f"{fields.where}: query_pre_attn_scalar must be positive, not {scalar:g}")
+    return float(scalar**-0.5)
 
 
 def _soft_cap(architecture: Architecture, fields: Fields, name: str) -> float | None:

@@ -6,7 +6,7 @@ under other names.
 """
 
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from llmopt.model.architectures import Architecture
@@ -54,14 +54,13 @@ def written(name: str, architecture: Architecture) -> tuple[str, tuple[str, ...]
     return f"model.layers.{layer}.{module}.{kind}", (name,)
 
 
-def place(name: str, architecture: Architecture, config: ModelConfig, names: Container[str]) -> Place:
-    """Where a parameter is in a checkpoint whose tensors have these names, or would be."""
+def place(name: str, architecture: Architecture, config: ModelConfig, holds: Callable[[str], bool]) -> Place:
+    """Where a parameter is in a checkpoint, or would be; `holds` says whether there is a tensor, quantized or not."""
     tensor, members = written(name, architecture)
     if len(members) > 1:
         return Place(tensor, *_rows(name, members, config))
-    stack = _stack(name, config)
-    found = (p for p in (Place(tensor), stack, Place(name)) if p is not None and p.tensor in names)
-    return next(found, Place(tensor))
+    possible = (Place(tensor), _stack(name, config), Place(name))
+    return next((found for found in possible if found is not None and holds(found.tensor)), Place(tensor))
 
 
 def _rows(name: str, members: tuple[str, ...], config: ModelConfig) -> tuple[slice, int]:

@@ -22,6 +22,8 @@ def ropes_from_hf(values: Mapping[str, Any], where: str, *, local: bool, partial
         return _rope_from_hf(values, parameters, values.get("rope_theta"), where, partial), None
     # transformers 5 has an object for each kind of layer, 4 only the bases of both and the scaling of the full ones.
     nested = {kind: parameters.get(kind) for kind in ("full_attention", "sliding_attention")}
+    if not all(each is None or isinstance(each, dict) for each in nested.values()):
+        raise InputError(f"{where}: rope_parameters must hold an object for each kind of layer, not {parameters!r:.60}")
     full = nested["full_attention"] or ({} if any(nested.values()) else parameters)
     theta, local_theta = values.get("rope_theta") or 1e6, values.get("rope_local_base_freq") or 1e4
     return (
@@ -68,6 +70,8 @@ def _longrope(rope: Rope, values: Mapping[str, Any], fields: Fields) -> Rope:
     original = Fields({"original_max_position_embeddings": first}, fields.where).integer(
         "original_max_position_embeddings"
     )
+    if original < 2:
+        raise InputError(f"{fields.where}: original_max_position_embeddings must be at least 2, not {original}")
     longest = Fields(values, fields.where).integer("max_position_embeddings", original)
     stretch = fields.number("factor", longest / original)
     usual = (1 + log(stretch) / log(original)) ** 0.5 if stretch > 1 else 1.0

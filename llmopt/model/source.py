@@ -175,8 +175,11 @@ class FolderSource(ModelSource):
         """The name of a tensor with what this checkpoint has before it."""
         return hf_names.prefixed(self._prefix, name)
 
+    def _holds(self, name: str) -> bool:
+        return self._full(name) in self._names or self._is_quantized(self._full(name))
+
     def _place(self, name: str) -> hf_names.Place:
-        place = hf_names.place(name, self.architecture, self.config, self._names)
+        place = hf_names.place(name, self.architecture, self.config, self._holds)
         return replace(place, tensor=self._full(place.tensor))
 
     def _load(self, tensor: str) -> Weight:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.scoring import Scorer
 from llmopt.errors import InputError
-from llmopt.model.architectures import config_from_hf, text_config
+from llmopt.model.architectures import config_from_gguf, config_from_hf, text_config
 from llmopt.model.config import ModelConfig, Rope
 from llmopt.model.source import open_source
 
@@ -137,7 +137,12 @@ def test_mixtral_and_qwen3_moe() -> None:
         ({"use_bidirectional_attention": True}, "encoder"),
         ({"hidden_activation": "relu"}, "gelu_pytorch_tanh"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "not supported"),
+        ({"hidden_activation": ["silu"]}, "gelu_pytorch_tanh"),
+        ({"hidden_activation": None}, "gelu_pytorch_tanh"),
         ({"query_pre_attn_scalar": None}, "query_pre_attn_scalar"),
+        ({"query_pre_attn_scalar": 0}, "must be positive"),
+        ({"final_logit_softcapping": -1}, "logit_soft_cap is -1.0; it must be positive"),
+        ({"rope_parameters": {"full_attention": "linear"}}, "an object for each kind of layer"),
     ],
 )
 def test_what_is_not_known_is_refused(values: dict, complaint: str) -> None:
@@ -148,6 +153,18 @@ def test_what_is_not_known_is_refused(values: dict, complaint: str) -> None:
 def test_a_model_that_also_sees_needs_a_text_config() -> None:
     with pytest.raises(InputError, match="text_config"):
         read({"architectures": ["Gemma3ForConditionalGeneration"]})
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ({"general.architecture": "gemma2"}, "'gemma2', which is not read from GGUF; known: qwen3, qwen2, llama"),
+        ({"general.architecture": "llama", "llama.expert_count": 8}, "holds experts"),
+    ],
+)
+def test_what_gguf_files_are_not_read(header: dict, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        config_from_gguf(header, "m.gguf", (), None)
 
 
 def rewritten(folder: Path, target: Path, rename, **config) -> Path:

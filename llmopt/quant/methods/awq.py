@@ -21,7 +21,7 @@ from llmopt.quant.methods.base import (
     relative_error,
     stacks,
 )
-from llmopt.quant.methods.folding import Fold, folds
+from llmopt.quant.methods.folding import Fold, folds, why_unscaled
 from llmopt.quant.methods.rtn import round_to_nearest
 from llmopt.weights.scheme import Scheme
 
@@ -59,7 +59,8 @@ class AWQ(Method):
             grid = _search_clip(stack, seen.full_gram())
             for module, weight, part in stack.split(round_to_nearest(stack.weight, stack.scheme, grid)):
                 result.weights[f"{module}.weight"] = part
-                result.modules.append(ModuleReport(module, self.name, relative_error(weight, part, seen)))
+                error = relative_error(weight, part, seen)
+                result.modules.append(ModuleReport(module, self.name, error, why_unscaled(module)))
         return result
 
 

@@ -78,6 +78,13 @@ def folds(
     return [fold for fold in found if all(module in quantized for module in _linear_layers(fold))]
 
 
+def why_unscaled(module: str) -> str | None:
+    """Why there is no fold for the input of a linear layer; None where there is one, or could be."""
+    if ".experts." in module and not module.endswith("down_proj"):
+        return "its inputs are not scaled, because all experts and the router share them"
+    return None
+
+
 def _with_bias(weights: dict[str, Tensor], module: str) -> tuple[str, ...]:
     return tuple(name for name in (f"{module}.weight", f"{module}.bias") if name in weights)
 

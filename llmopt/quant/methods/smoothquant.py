@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmopt.backend.reference import round_activations
 from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, Stack, stacks
-from llmopt.quant.methods.folding import Fold, folds
+from llmopt.quant.methods.folding import Fold, folds, why_unscaled
 from llmopt.quant.methods.rtn import RoundToNearest, round_to_nearest
 from llmopt.weights.scheme import Scheme
 
@@ -46,7 +46,7 @@ class SmoothQuant(Method):
             statistics = statistics | {fold.group: statistics[fold.group].scaled(1 / fold.spread(scales))}
         result = RoundToNearest().quantize_layer(smoothed, schemes, statistics)
         for module in result.modules:
-            module.method = self.name
+            module.method, module.fallback = self.name, why_unscaled(module.name)
         return result
 
 
