@@ -53,6 +53,48 @@ def hf_config(family: str):
         return transformers.Qwen2Config(**common, use_sliding_window=True, sliding_window=16, max_window_layers=1)
     if family == "qwen3":
         return transformers.Qwen3Config(**common, head_dim=32)
+    return newer_config(family, common)
+
+
+def newer_config(family: str, common: dict):
+    """The families whose layers differ from Llama's in more than biases, norms of queries and windows."""
+    import transformers
+
+    if family == "phi3":
+        return transformers.Phi3Config(**common, pad_token_id=0, sliding_window=16)
+    if family == "phi3-partial":  # Phi-4-mini
+        return transformers.Phi3Config(**common, pad_token_id=0, partial_rotary_factor=0.75)
+    if family in ("phi3-longrope", "phi3-longrope-short"):
+        stretched = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + 0.05 * i for i in range(8)],
+            "long_factor": [1.5 + 2.0 * i for i in range(8)],
+        }
+        lengths = {"original_max_position_embeddings": 4 if family == "phi3-longrope" else 64}
+        return transformers.Phi3Config(**common, pad_token_id=0, rope_parameters=stretched, **lengths)
+    gemma = common | {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "tie_word_embeddings": True}
+    if family == "gemma2":
+        caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+        return transformers.Gemma2Config(**gemma, **caps, attn_implementation="eager")
+    if family == "gemma3":
+        ropes = {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        }
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        return transformers.Gemma3TextConfig(**gemma, rope_parameters=ropes, layer_types=kinds)
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
+    if family == "mixtral":
+        return transformers.MixtralConfig(**common, **experts)
+    if family in ("qwen3-moe", "qwen3-moe-sparse"):
+        sparse = {"decoder_sparse_step": 2, "norm_topk_prob": False} if family == "qwen3-moe-sparse" else {}
+        return transformers.Qwen3MoeConfig(
+            **common | {"norm_topk_prob": True, "head_dim": 32, "moe_intermediate_size": 48} | sparse,
+            num_experts=6,
+            num_experts_per_tok=3,
+            mlp_only_layers=[] if sparse else [1],
+        )
     raise ValueError(family)
 
 
@@ -90,7 +132,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
                     # Norms and biases start as ones and zeros, which would hide that they were forgotten.
                     if parameter.dim() == 1:
                         parameter.add_(torch.randn_like(parameter) * 0.2)
-                    elif "proj" in name:
+                    elif "proj" in name or "gate.weight" in name:
                         parameter.mul_(4)
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)

@@ -107,7 +107,11 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """A whole decoder: what `Backend.fuse` takes. `frequencies` are radians a position, float32 [rotated / 2]."""
+    """A whole decoder: what `Backend.fuse` takes. `frequencies` are radians a position, float32 [rotated / 2].
+
+    `extras` are what it does beyond what the other fields say, in words. Who does not know each of them must refuse.
+    There are no `layers` then.
+    """
 
     layers: list[LayerParts]
     embedding: Tensor
@@ -118,6 +122,7 @@ class DecoderParts:
     kv_heads: int
     head_dim: int
     eps: float
+    extras: tuple[str, ...] = ()
 
 
 class FusedDecoder(ABC):
@@ -169,7 +174,10 @@ class Backend(ABC):
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+        """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+        The result is of x's dtype; a weight in a wider one multiplies before that rounding.
+        """
 
     @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -177,19 +185,28 @@ class Backend(ABC):
         Hugging Face checkpoints have them (Su et al. 2021, arXiv:2104.09864)."""
 
     @abstractmethod
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) · up for gate_up = [gate | up], [T, 2n] to [T, n]."""
+    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
+        """activation(gate) · up for gate_up = [gate | up], [T, 2n] to [T, n]; silu or gelu_tanh (Shazeer 2020,
+        arXiv:2002.05202)."""
 
     @abstractmethod
     def write_kv(self, cache: KVCache, keys: Tensor, values: Tensor, batch: PagedBatch) -> None:
         """Put keys and values [T, kv_heads, head_dim] into the slots of the batch."""
 
     @abstractmethod
-    def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self,
+        queries: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None = None,
+    ) -> Tensor:
         """Causal attention of queries [T, heads, head_dim] over the cache; returns the same shape.
 
         Query heads share key heads in equal runs (grouped queries). With a window of w, a token sees itself and
-        the w - 1 before it.
+        the w - 1 before it. With a soft cap of c, scaled scores s become c · tanh(s / c) (Gemma 2, arXiv:2408.00118).
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmopt.backend.base import Linear, PagedBatch
 from llmopt.backend.kv_cache import KVCache
-from llmopt.backend.reference import ReferenceBackend
+from llmopt.backend.reference import ReferenceBackend, Scores
 from llmopt.backend.sampling import SamplingBatch
 from llmopt.errors import InputError
 from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets
@@ -85,13 +85,16 @@ class CpuBackend(ReferenceBackend):
         return tokens
 
     def _attend_decode(
-        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scores: Scores
     ) -> Tensor:
         heads, head_dim = queries.shape[1:]
         _, block_size, kv_heads, _ = cache.keys.shape
         if cache.keys.dtype != torch.float32 or head_dim % HEAD_STEP:
             self._warn_once(f"attention is compiled for a float32 cache and head sizes of a multiple of {HEAD_STEP}")
-            return super()._attend_decode(queries, cache, batch, sequences, scale, window)
+            return super()._attend_decode(queries, cache, batch, sequences, scores)
+        if scores.soft_cap is not None:
+            self._warn_once("attention is compiled without a soft cap of its scores")
+            return super()._attend_decode(queries, cache, batch, sequences, scores)
         tables, contexts = batch.block_tables, batch.context_lens
         if len(sequences) < len(contexts):
             tables, contexts = tables[sequences], contexts[sequences]
@@ -110,8 +113,8 @@ class CpuBackend(ReferenceBackend):
             kv_heads=kv_heads,
             head_dim=head_dim,
             block_size=block_size,
-            window=window or 0,
-            scale=scale,
+            window=scores.window or 0,
+            scale=scores.scale,
         )
         return result
 

@@ -46,6 +46,8 @@ class CpuDecoder(FusedDecoder):
     @staticmethod
     def why_not(parts: DecoderParts, block_size: int, cache_dtype: str) -> str | None:
         """What about this decoder the kernels cannot do as one operation, or None."""
+        if parts.extras:
+            return f"the compiled decoder does not know {', '.join(parts.extras)}"
         if cache_dtype not in ("auto", *DTYPES):
             return f"the compiled decoder's KV cache holds {', '.join(DTYPES)}, not {cache_dtype}"
         if parts.head_dim % STEP or parts.head_dim > MOST_CHANNELS or block_size % STEP:

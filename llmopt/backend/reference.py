@@ -1,6 +1,7 @@
 """Every operation in plain torch, on any torch device: the truth that other backends are tested against."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,15 @@ class ReferenceLinear(Linear):
             return F.linear(x, self.weight, self.bias)
         product = F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
         return product if self.bias is None else product.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of the products of queries and keys; see `Backend.attend`."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
 
 
 class ReferenceBackend(Backend):
@@ -81,7 +91,10 @@ class ReferenceBackend(Backend):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        if weight.dtype == x.dtype:
+            return normed.to(x.dtype) * weight
+        return (normed * weight).to(x.dtype)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = cos.shape[-1]
@@ -89,32 +102,41 @@ class ReferenceBackend(Backend):
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
     def write_kv(self, cache: KVCache, keys: Tensor, values: Tensor, batch: PagedBatch) -> None:
         cache.write(batch.slots, keys, values)
 
-    def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self,
+        queries: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None = None,
+    ) -> Tensor:
+        scores = Scores(scale, window, soft_cap)
         starts = batch.query_starts
         single = [s for s in range(len(starts) - 1) if starts[s + 1] - starts[s] == 1]
         if len(single) == len(starts) - 1:
-            return self._attend_decode(queries, cache, batch, single, scale, window)
+            return self._attend_decode(queries, cache, batch, single, scores)
         result = torch.empty_like(queries)
         if single:
             rows = torch.tensor([starts[s] for s in single], device=queries.device)
-            result[rows] = self._attend_decode(queries[rows], cache, batch, single, scale, window)
+            result[rows] = self._attend_decode(queries[rows], cache, batch, single, scores)
         for s in set(range(len(starts) - 1)).difference(single):
             span = slice(starts[s], starts[s + 1])
-            result[span] = self._attend_sequence(queries[span], cache, batch, s, scale, window)
+            result[span] = self._attend_sequence(queries[span], cache, batch, s, scores)
         return result
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         return reference_sampling.sample(logits, batch)
 
     def _attend_decode(
-        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scores: Scores
     ) -> Tensor:
         """These sequences, which have one query each: [len(sequences), heads, head_dim]."""
         result = torch.empty_like(queries)
@@ -122,13 +144,13 @@ class ReferenceBackend(Backend):
         for run in _alike(sequences, batch.context_lens.tolist()):
             rows = torch.tensor([row_of[s] for s in run], device=queries.device)
             if len(run) > 1:
-                result[rows] = self._attend_single(queries[rows], cache, batch, run, scale, window)
+                result[rows] = self._attend_single(queries[rows], cache, batch, run, scores)
             else:
-                result[rows] = self._attend_sequence(queries[rows], cache, batch, run[0], scale, window)
+                result[rows] = self._attend_sequence(queries[rows], cache, batch, run[0], scores)
         return result
 
     def _attend_single(
-        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scale: float, window: int | None
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequences: list[int], scores: Scores
     ) -> Tensor:
         """Sequences with one query each (decode), padded to the longest context: [S, heads, head_dim]."""
         context = batch.context_lens[sequences]
@@ -138,24 +160,20 @@ class ReferenceBackend(Backend):
         keys, values = (found[:, :longest].transpose(1, 2) for found in cache.read(tables, queries.dtype))
         position = torch.arange(longest, device=queries.device)
         visible = position < context[:, None]
-        if window is not None:
-            visible &= position >= context[:, None] - window
-        mask = visible[:, None, None, :]
-        out = F.scaled_dot_product_attention(queries[:, :, None], keys, values, mask, scale=scale, enable_gqa=True)
-        return out[:, :, 0]
+        if scores.window is not None:
+            visible &= position >= context[:, None] - scores.window
+        return attention(queries[:, :, None], keys, values, visible[:, None, None, :], scores)[:, :, 0]
 
     def _attend_sequence(
-        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequence: int, scale: float, window: int | None
+        self, queries: Tensor, cache: KVCache, batch: PagedBatch, sequence: int, scores: Scores
     ) -> Tensor:
         """One sequence's queries (a chunk of its prompt) over its context: [n, heads, head_dim]."""
         context, count = int(batch.context_lens[sequence]), queries.shape[0]
         blocks = -(-context // cache.keys.shape[1])
         table = batch.block_tables[sequence, :blocks].long()
         keys, values = (found[:context].transpose(0, 1) for found in cache.read(table, queries.dtype))
-        mask = causal_mask(count, context, window, queries.device)
-        out = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None], keys[None], values[None], mask, scale=scale, enable_gqa=True
-        )
+        mask = causal_mask(count, context, scores.window, queries.device)
+        out = attention(queries.transpose(0, 1)[None], keys[None], values[None], mask, scores)
         return out[0].transpose(0, 1)
 
 
@@ -168,6 +186,25 @@ def _alike(sequences: list[int], contexts: list[int]) -> list[list[int]]:
         else:
             runs.append([sequence])
     return runs
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Attention of queries [n, heads, q, d] over keys and values [n, kv_heads, k, d]: the shape of the queries.
+
+    The mask is bool and broadcasts to [n, heads, q, k]; None stands for causal attention of as many queries as keys.
+    It has the window in it already.
+    """
+    scale, cap = scores.scale, scores.soft_cap
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    if mask is None:
+        mask = causal_mask(queries.shape[2], keys.shape[2], None, queries.device)
+    sharing = queries.shape[1] // keys.shape[1]
+    keys, values = (part.repeat_interleave(sharing, dim=1) for part in (keys, values))
+    capped = (queries @ keys.transpose(2, 3)).float().mul(scale / cap).tanh().mul(cap)
+    return capped.masked_fill(~mask, -torch.inf).softmax(-1).to(values.dtype) @ values
 
 
 def causal_mask(queries: int, context: int, window: int | None, device: torch.device) -> Tensor:

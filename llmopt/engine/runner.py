@@ -45,6 +45,7 @@ class Runner:
             self.decoder = Decoder(source, self.backend, progress)
             self.fused = self.decoder.fuse(self.plan.blocks, config.block_size, config.kv_cache_dtype)
             self.caches = [] if self.fused else self._allocate(config)
+            self.decoder.limit(self.plan.max_model_len)
 
     def _allocate(self, config: EngineConfig) -> list[KVCache]:
         """A cache for each layer that the operations called one by one work on; auto is the dtype of activations."""

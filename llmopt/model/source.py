@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import InputError
-from llmopt.model import gguf_names, rope
-from llmopt.model.architectures import ARCHITECTURES, config_from_gguf, config_from_hf, config_to_hf
+from llmopt.model import gguf_names, hf_names, rope
+from llmopt.model.architectures import ARCHITECTURES, config_from_gguf, config_from_hf, config_to_hf, text_config
 from llmopt.model.config import ModelConfig
 from llmopt.model.locate import locate
 from llmopt.model.tokenizer import Tokenizer, read_json, tokenizer_from_folder, tokenizer_from_gguf
@@ -71,7 +72,7 @@ class ModelSource(ABC):
 
     def layer(self, index: int) -> dict[str, Weight]:
         """The parameters of one decoder layer, by their names within it, with their shapes checked."""
-        shapes = self.config.layer_shapes()
+        shapes = self.config.layer_shapes(index)
         return {name: self.checked(layer_name(index, name), shape) for name, shape in shapes.items()}
 
     def checked(self, name: str, shape: tuple[int, ...]) -> Weight:
@@ -117,31 +118,84 @@ class ModelSource(ABC):
 
 
 class FolderSource(ModelSource):
-    """A Hugging Face folder with safetensors, quantized in one of the formats that `weights/formats` reads, or not."""
+    """A Hugging Face folder with safetensors, quantized in one of the formats that `weights/formats` reads, or not.
+
+    Of a model that also sees, the decoder of text is read, and the rest is left.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
+        where = str(folder / "config.json")
         config = read_json(folder / "config.json")
         self.quantization_config = config.pop("quantization_config", None)
-        self._hf_config = config
-        self.config = config_from_hf(config, str(folder / "config.json"))
+        self._hf_config = text_config(config, where)
+        self.config = config_from_hf(self._hf_config, where)
+        self.architecture = ARCHITECTURES[self.config.architecture]
         self.checkpoint = SafetensorsCheckpoint(folder)
         self._names = frozenset(self.checkpoint.names())
+        self._prefix = hf_names.prefix(self._names) if self.architecture.multimodal_class else ""
         self._format = None if self.quantization_config is None else find_format(self.quantization_config)
-        if self.config.tie_word_embeddings and EMBEDDING not in self._names and HEAD in self._names:
+        self._shared: dict[str, Weight] | None = None  # while a layer is read, what several of its parameters share
+        if self.config.tie_word_embeddings and self._full(EMBEDDING) not in self._names and HEAD in self._names:
             raise InputError(f"{folder} ties its embeddings to a head but holds only {HEAD}; {EMBEDDING} is needed")
 
+    def layer(self, index: int) -> dict[str, Weight]:
+        self._shared = {}
+        try:
+            return super().layer(index)
+        finally:
+            self._shared = None
+
     def weight(self, name: str) -> Weight:
-        if self._format is not None and self._is_quantized(name):
-            return self._format.decode(name.removesuffix(".weight"), self.checkpoint.load)
-        self._check_dense(name)
-        return self.checkpoint.load(name)
+        place = self._place(name)
+        if place.rows is None and place.expert is None:
+            return self._load(place.tensor)
+        shared = {} if self._shared is None else self._shared
+        if place.tensor not in shared:
+            shared[place.tensor] = self._load(place.tensor)
+        whole = shared[place.tensor]
+        self._check_rows(place, tuple(whole.shape))
+        if isinstance(whole, QuantizedTensor):
+            return whole.select_rows(place.rows or slice(None))
+        one = whole if place.expert is None else whole[place.expert]
+        return one[place.rows or slice(None)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if self._format is not None and self._is_quantized(name):
-            return self._format.shape(name.removesuffix(".weight"), self._outline)
-        self._check_dense(name)
-        return self.checkpoint.shape(name)
+        place = self._place(name)
+        if self._format is not None and self._is_quantized(place.tensor):
+            shape: tuple[int, ...] = self._format.shape(place.tensor.removesuffix(".weight"), self._outline)
+        else:
+            self._check_dense(place.tensor)
+            shape = self.checkpoint.shape(place.tensor)
+        self._check_rows(place, shape)
+        shape = shape if place.expert is None else shape[1:]
+        return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
+
+    def _full(self, name: str) -> str:
+        """The name of a tensor with what this checkpoint has before it."""
+        return hf_names.prefixed(self._prefix, name)
+
+    def _holds(self, name: str) -> bool:
+        return self._full(name) in self._names or self._is_quantized(self._full(name))
+
+    def _place(self, name: str) -> hf_names.Place:
+        place = hf_names.place(name, self.architecture, self.config, self._holds)
+        return replace(place, tensor=self._full(place.tensor))
+
+    def _load(self, tensor: str) -> Weight:
+        if self._format is not None and self._is_quantized(tensor):
+            return self._format.decode(tensor.removesuffix(".weight"), self.checkpoint.load)
+        self._check_dense(tensor)
+        return self.checkpoint.load(tensor)
+
+    def _check_rows(self, place: hf_names.Place, shape: tuple[int, ...]) -> None:
+        """Raise InputError where a tensor that several parameters share does not hold all of them and no more."""
+        wanted = {0: place.of} if place.rows is not None else {}
+        if place.expert is not None and self.config.experts is not None:
+            wanted = {0: self.config.experts.count} | {axis + 1: length for axis, length in wanted.items()}
+        if any(axis >= len(shape) or shape[axis] != length for axis, length in wanted.items()):
+            lengths = " by ".join(map(str, wanted.values()))
+            raise InputError(f"{self.path}: {place.tensor} is {list(shape)}, but its config says {lengths}")
 
     def _outline(self, name: str) -> Tensor:
         """A tensor of the checkpoint without its values, but for the few that tell a shape."""

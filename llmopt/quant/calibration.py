@@ -8,10 +8,10 @@ from torch import Tensor
 
 from llmopt.backend.base import Linear
 from llmopt.backend.gram import GramSum, fast_gram
-from llmopt.backend.reference import ReferenceBackend, causal_mask
+from llmopt.backend.reference import ReferenceBackend, Scores, attention, causal_mask
 from llmopt.model import rope
-from llmopt.model.config import ModelConfig
-from llmopt.model.decoder import LINEAR_GROUPS, DecoderLayer
+from llmopt.model.config import ModelConfig, Rope
+from llmopt.model.decoder import DecoderLayer, scale_embedding
 from llmopt.model.source import ModelSource
 from llmopt.quant.activations import hold
 from llmopt.quant.methods.base import InputStatistics
@@ -43,13 +43,18 @@ class CalibrationSweep:
         self.with_gram, self.keep_rows = with_gram, keep_rows
         self.add_gram = fast_gram(backend.device.type, backend.products)
         self.length = tokens.shape[1]
-        frequencies = rope.frequencies(self.config.rope, self.config.head_dim)
-        positions = torch.arange(self.length)
-        self.cos, self.sin = (t.to(backend.device) for t in rope.angles(positions, frequencies))
+        self.rotations = {each: self._rotation(each) for each in self.config.ropes()}
         per_batch = max(1, TOKENS_AT_ONCE // self.length)
         table = source.embedding
         embedded = (rows(table, part).to(backend.device, backend.dtype) for part in tokens.split(per_batch))
-        self._batches = hold(embedded, spill_to, backend.device)
+        scaled = (scale_embedding(part, self.config) for part in embedded)
+        self._batches = hold(scaled, spill_to, backend.device)
+
+    def _rotation(self, kind: Rope) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of one sample's positions."""
+        frequencies = rope.frequencies(kind, self.config.head_dim, self.length)
+        cos, sin = rope.angles(torch.arange(self.length), frequencies, kind.attention_factor)
+        return cos.to(self.backend.device), sin.to(self.backend.device)
 
     @property
     def batches(self) -> list[Tensor]:
@@ -59,17 +64,15 @@ class CalibrationSweep:
     @torch.inference_mode()
     def observe(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
         """What each group of linear layers is given, over all samples."""
-        last = list(LINEAR_GROUPS)[-1]
         observed = {}
-        for group in LINEAR_GROUPS:
-            linear = getattr(layer, group)
+        for group, linear in layer.linears.items():
             statistics = InputStatistics(linear.in_features, self.with_gram, self.keep_rows)
-            observed[group] = Observed(linear, statistics, self.add_gram, output_matters=group != last)
-            setattr(layer, group, observed[group])
+            # Nothing that is observed comes after the projection down.
+            observed[group] = Observed(linear, statistics, self.add_gram, output_matters=not group.endswith("down"))
+        layer.linears.update(observed)
         for hidden in self._batches:
             self.run(layer, hidden)
-        for group, wrapped in observed.items():
-            setattr(layer, group, wrapped.linear)
+        layer.linears.update({group: wrapped.linear for group, wrapped in observed.items()})
         return {group: wrapped.statistics for group, wrapped in observed.items()}
 
     @torch.inference_mode()
@@ -80,7 +83,8 @@ class CalibrationSweep:
     def run(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
         """A layer over whole samples, [samples, length, hidden] to the same shape."""
         samples = hidden.shape[0]
-        rotation = self.cos.repeat(samples, 1), self.sin.repeat(samples, 1)
+        cos, sin = self.rotations[self.config.layer_rope(layer.index)]
+        rotation = cos.repeat(samples, 1), sin.repeat(samples, 1)
         return layer(hidden.flatten(0, 1), rotation, self._attend).unflatten(0, (samples, self.length))
 
     def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -89,8 +93,7 @@ class CalibrationSweep:
         q, k, v = (t.to(fast).unflatten(0, (-1, self.length)).transpose(1, 2) for t in (queries, keys, values))
         window = self.config.windows[layer]
         mask = None if window is None else causal_mask(self.length, self.length, window, q.device)
-        scale = self.config.head_dim**-0.5
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        out = attention(q, k, v, mask, Scores(self.config.softmax_scale, window, self.config.attention_soft_cap))
         return out.transpose(1, 2).flatten(0, 1).to(queries.dtype)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from llmopt.backend.gram import fast_gram
 from llmopt.backend.select import fast_products
 from llmopt.model.config import ModelConfig
-from llmopt.model.decoder import LINEAR_GROUPS
+from llmopt.model.decoder import config_groups
 from llmopt.model.source import EMBEDDING, ModelSource, as_dense, layer_name
 from llmopt.quant.calibration import TOKENS_AT_ONCE
 from llmopt.quant.methods import awq, smoothquant
@@ -97,11 +97,10 @@ class Shape:
 
 def stack_shapes(recipe: Recipe, config: ModelConfig) -> Counter[Shape]:
     """How many of each there are in the whole model."""
-    shapes = config.layer_shapes()
     found: Counter[Shape] = Counter()
     for layer in range(config.num_layers):
-        schemes = recipe.layer_schemes(layer)
-        for members in LINEAR_GROUPS.values():
+        schemes, shapes = recipe.layer_schemes(layer), config.layer_shapes(layer)
+        for members in config_groups(config, layer).values():
             outputs: Counter[Scheme] = Counter()
             for module in members:
                 if module in schemes:
@@ -111,30 +110,42 @@ def stack_shapes(recipe: Recipe, config: ModelConfig) -> Counter[Shape]:
     return found
 
 
-def linear_weights(config: ModelConfig) -> int:
-    """The weights of one decoder layer's linear layers."""
-    return sum(prod(shape) for shape in config.layer_shapes().values() if len(shape) == 2)
+def layer_weights(config: ModelConfig) -> list[int]:
+    """The weights of each decoder layer's matrices."""
+    layers = map(config.layer_shapes, range(config.num_layers))
+    return [sum(prod(shape) for shape in shapes.values() if len(shape) == 2) for shapes in layers]
 
 
-def group_widths(config: ModelConfig) -> list[int]:
-    """The inputs of each group of linear layers."""
-    shapes = config.layer_shapes()
-    return [shapes[f"{members[0]}.weight"][1] for members in LINEAR_GROUPS.values()]
+def used_weights(config: ModelConfig) -> int:
+    """Those of all layers that one token meets: of experts, as many as it is sent to."""
+    total = sum(layer_weights(config))
+    if config.experts is None:
+        return total
+    idle = config.experts.count - config.experts.chosen
+    of_one = 3 * config.hidden_size * config.experts.intermediate_size
+    return total - sum(config.experts.layers) * idle * of_one
+
+
+def group_widths(config: ModelConfig, layer: int, met: bool = False) -> list[int]:
+    """The inputs of each group of a layer's linear layers; with `met`, of those that one token meets."""
+    shapes, groups = config.layer_shapes(layer), config_groups(config, layer)
+    widths = [shapes[f"{members[0]}.weight"][1] for members in groups.values()]
+    # The first two groups are those of attention, and each expert has two.
+    return widths[: 2 + 2 * config.experts.chosen] if met and config.experts is not None else widths
 
 
 def estimate_seconds(recipe: Recipe, source: ModelSource, rates: Rates) -> dict[str, float]:
     """Seconds of each phase, by its name in the manifest; that of reading a calibration text is left out."""
     config, method = source.config, recipe.build_method(source.config)
-    layers, weights = config.num_layers, linear_weights(config)
+    layers, weights = config.num_layers, sum(layer_weights(config))
     seconds = {} if recipe.calibration != SELF else {"sample": _seconds_to_sample(recipe, config, rates)}
-    seconds["read"] = layers * weights * _seconds_to_read(source)
+    seconds["read"] = weights * _seconds_to_read(source)
     if recipe.calibration is not None:
         tokens = recipe.options.samples * recipe.options.seq_len
-        run = tokens * (_forward_seconds(config, rates) + _seconds_to_attend(recipe, config))
+        run = tokens * (_forward_seconds(config, rates) + layers * _seconds_to_attend(recipe, config))
         pack = 2 * weights / rates.elements  # each weight is read, and written in another dtype
-        look = tokens * _observing_seconds(method, config, rates)
-        seconds["observe"] = layers * (run + pack + look)
-        seconds["advance"] = (layers - 1) * (run + pack)
+        seconds["observe"] = run + pack + tokens * _observing_seconds(method, config, rates)
+        seconds["advance"] = (run + pack) * (layers - 1) / layers
     choosing = _Choosing(recipe, rates)
     shapes = stack_shapes(recipe, config)
     seconds["choose codes"] = sum(count * choosing.seconds(shape) for shape, count in shapes.items())
@@ -143,8 +154,8 @@ def estimate_seconds(recipe: Recipe, source: ModelSource, rates: Rates) -> dict[
 
 
 def _observing_seconds(method: Method, config: ModelConfig, rates: Rates) -> float:
-    """Of one token's inputs in one layer: their gram matrix, or x² and its sum; and |x| and its largest."""
-    widths = group_widths(config)
+    """Of one token's inputs in all layers: their gram matrix, or x² and its sum; and |x| and its largest."""
+    widths = [width for layer in range(config.num_layers) for width in group_widths(config, layer, met=True)]
     passes = (0 if method.needs_gram else 2) + (2 if method.keep_rows else 0)
     products = 2 * sum(width**2 for width in widths) if method.needs_gram else 0
     return passes * sum(widths) / rates.elements + products / rates.gram
@@ -155,23 +166,26 @@ def _seconds_to_sample(recipe: Recipe, config: ModelConfig, rates: Rates) -> flo
     once and multiplied with all of them, and the vocabulary is sorted for each."""
     samples, vocabulary = recipe.options.samples, config.vocab_size
     at_once = min(samples, SAMPLED_AT_ONCE)
-    weights = config.num_layers * linear_weights(config) + vocabulary * config.hidden_size
-    step = weights / rates.elements + 2 * weights * at_once / rates.exact
+    head = vocabulary * config.hidden_size
+    step = (sum(layer_weights(config)) + head) / rates.elements
+    step += 2 * (used_weights(config) + head) * at_once / rates.exact
     step += at_once * vocabulary * log2(vocabulary) / rates.elements
     return -(-samples // at_once) * recipe.options.seq_len * step
 
 
 def _forward_seconds(config: ModelConfig, rates: Rates) -> float:
-    """Of one token through one decoder layer but for attention: products, and the passes over its activations: two
+    """Of one token through all decoder layers but for attention: products, and the passes over its activations: two
     norms of five, conversions before and after each product, the rotation, the gate, two sums."""
     hidden, inner = config.hidden_size, config.intermediate_size
+    if config.experts is not None:
+        inner = config.experts.chosen * config.experts.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     norms = 10 * hidden
     conversions = (2 * hidden + queries + inner) + (queries + 2 * keys + 2 * hidden + 2 * inner)
     rotation = 4 * (queries + keys)
     around_attention = 2 * queries + 2 * keys
     passes = norms + conversions + rotation + around_attention + 2 * inner + 2 * hidden
-    return 2 * linear_weights(config) / rates.products + passes / rates.elements
+    return 2 * used_weights(config) / rates.products + config.num_layers * passes / rates.elements
 
 
 def _seconds_to_attend(recipe: Recipe, config: ModelConfig) -> float:
@@ -268,9 +282,10 @@ def _rounded_sample(scheme: Scheme) -> QuantizedTensor:
 
 
 def _seconds_to_read(source: ModelSource) -> float:
-    """Of one weight, by reading the smallest matrix of the first layer."""
-    shapes = source.config.layer_shapes()
-    name = min((name for name, shape in shapes.items() if len(shape) == 2), key=lambda name: prod(shapes[name]))
+    """Of one weight, by reading the smallest linear layer of the first decoder layer."""
+    shapes = source.config.layer_shapes(0)
+    linears = (name for name in shapes if name.endswith("_proj.weight"))
+    name = min(linears, key=lambda name: prod(shapes[name]))
     return _seconds(lambda: as_dense(source.weight(layer_name(0, name)))) / prod(shapes[name])
 
 
@@ -292,7 +307,7 @@ def estimate_memory(recipe: Recipe, source: ModelSource, products: torch.dtype) 
 
 
 def _observing(recipe: Recipe, config: ModelConfig, products: torch.dtype) -> dict[str, int]:
-    weights = linear_weights(config)
+    weights = max(layer_weights(config))
     length = recipe.options.seq_len
     batch = min(recipe.options.samples, max(1, TOKENS_AT_ONCE // length)) * length
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -311,7 +326,7 @@ def _observing(recipe: Recipe, config: ModelConfig, products: torch.dtype) -> di
 
 
 def _choosing(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
-    weights = linear_weights(config)
+    weights = max(layer_weights(config))
     stacks = stack_shapes(recipe, config)
     largest = max((shape.weights for shape in stacks), default=0)
     # The stack itself; in GPTQ's order, and the numbers chosen; or for the error, its values and two differences.
@@ -324,14 +339,15 @@ def _choosing(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
     if recipe.calibration is not None:
         moment["gram matrices"] = _gram_bytes(recipe, config)
     if recipe.options.method == "gptq":  # its factor, and a copy while it is put in order
-        moment["a Hessian"] = 2 * max(group_widths(config)) ** 2 * FLOAT
+        moment["a Hessian"] = 2 * max(config.linear_widths()) ** 2 * FLOAT
     return moment
 
 
 def _gram_bytes(recipe: Recipe, config: ModelConfig) -> int:
     if not recipe.build_method(config).needs_gram:
         return 0
-    return sum(width**2 for width in group_widths(config)) * FLOAT
+    layers = range(config.num_layers)
+    return max(sum(width**2 for width in group_widths(config, layer)) for layer in layers) * FLOAT
 
 
 def _writing_the_embedding(source: ModelSource) -> dict[str, int]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import InputError, LlmoptError
-from llmopt.model import gguf_names, rope
+from llmopt.model import gguf_names, hf_names, rope
 from llmopt.model.architectures import ARCHITECTURES
+from llmopt.model.config import ROUTER, ModelConfig
 from llmopt.model.decoder import linear_names
 from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name
 from llmopt.model.tokenizer_files import gguf_tokenizer_entries, write_tokenizer
@@ -24,7 +25,7 @@ from llmopt.weights.formats import FORMATS
 from llmopt.weights.formats.gguf_blocks import block_type, encode_blocks
 from llmopt.weights.formats.gguf_mixes import FILE_TYPES
 from llmopt.weights.gguf_writer import STORED_AS, GGUFWriter
-from llmopt.weights.quantized import QuantizedTensor, Weight, row_parts
+from llmopt.weights.quantized import QuantizedTensor, Weight, joined, row_parts
 from llmopt.weights.scheme import SCHEMES, Scheme
 from llmopt.weights.shards import ShardWriter
 
@@ -76,7 +77,7 @@ def parameter_order(source: ModelSource) -> dict[str, tuple[int, ...]]:
     config = source.config
     order: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
-        order |= {layer_name(layer, name): shape for name, shape in config.layer_shapes().items()}
+        order |= {layer_name(layer, name): shape for name, shape in config.layer_shapes(layer).items()}
     order[FINAL_NORM] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         order[HEAD] = (config.vocab_size, config.hidden_size)
@@ -90,27 +91,58 @@ class FolderExporter(Exporter):
         self.export = export
         self.source = source
         self.folder = folder
-        schemes = {name: recipe.schemes.get(name, SCHEMES["f16"]) for name in linear_names(source.config)}
+        self.architecture = ARCHITECTURES[source.config.architecture]
+        self.schemes = recipe.schemes
+        modules = [*linear_names(source.config), *_routers(source.config)]
+        schemes = {self._module(name): recipe.schemes.get(name, SCHEMES["f16"]) for name in modules}
         kind = FORMATS[str(export.format)]
         self.format = kind.for_schemes(schemes, desc_act=recipe.options.desc_act, damp=recipe.options.damp)
         self.shards = ShardWriter(folder)
         self.dtype_name = source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float16"
         self.dtype = getattr(torch, self.dtype_name)
+        self._waiting: dict[str, Weight] = {}  # parts of a tensor whose others are still to come
 
     @property
     def size_bytes(self) -> int:  # type: ignore[override]
         return self.shards.size_bytes
 
     def add(self, name: str, weight: Weight) -> None:
+        tensor, members = hf_names.written(name, self.architecture)
+        self._waiting[name] = weight
+        if any(member not in self._waiting for member in members):
+            return
+        self._write(tensor, joined([self._waiting.pop(member) for member in members]))
+
+    def _write(self, name: str, weight: Weight) -> None:
         if isinstance(weight, QuantizedTensor) and name not in (EMBEDDING, HEAD):
             for part, tensor in self.format.encode(name.removesuffix(".weight"), weight).items():
                 self.shards.add(part, tensor)
         else:
             self.shards.add(name, as_dense(weight, self.dtype))
 
+    def written(self) -> dict[str, tuple[tuple[int, ...], Scheme | None]]:
+        """The tensors of the artifact before the format encodes them: names, shapes and schemes, None for dense."""
+        order = parameter_order(self.source)
+        tensors: dict[str, tuple[tuple[int, ...], Scheme | None]] = {}
+        for name in order:
+            tensor, members = hf_names.written(name, self.architecture)
+            rows = sum(order[member][0] for member in members)
+            tensors[tensor] = (rows, *order[name][1:]), self.schemes.get(name.removesuffix(".weight"))
+        return tensors
+
+    def _module(self, name: str) -> str:
+        """The name in the artifact of the module that holds a linear layer."""
+        return hf_names.written(f"{name}.weight", self.architecture)[0].removesuffix(".weight")
+
     def finish(self, manifest: dict[str, Any]) -> None:
         self.shards.close()
         finish_folder(self.source, self.folder, self.dtype_name, self.format.config(), manifest)
+
+
+def _routers(config: ModelConfig) -> list[str]:
+    """The modules that choose among experts: to whoever reads the settings they are linear layers too, left dense."""
+    layers = [layer for layer in range(config.num_layers) if config.has_experts(layer)]
+    return [layer_name(layer, ROUTER).removesuffix(".weight") for layer in layers]
 
 
 def finish_folder(

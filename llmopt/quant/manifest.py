@@ -34,9 +34,9 @@ def build_manifest(
     and scales included. `seconds` is the time of the whole run, `phases` where it went.
     """
     config = source.config
-    layer = sum(prod(shape) for shape in config.layer_shapes().values())
+    layers = sum(prod(s) for layer in range(config.num_layers) for s in config.layer_shapes(layer).values())
     outer = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
-    parameters = layer * config.num_layers + outer
+    parameters = layers + outer
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return {

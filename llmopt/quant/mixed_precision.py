@@ -121,6 +121,8 @@ def mixed_precision(
         raise InputError("awq checkpoints are of one scheme: give --target-bpw with another --format, such as gptq")
     if main.number != INT or main.is_dense or main.activations is not None:
         raise InputError(f"--target-bpw mixes integer schemes, such as w4a16 or GGUF's types, not {main.name}")
+    if config.experts is not None:
+        raise InputError("--target-bpw does not know models with experts: give one --scheme, and overrides in a recipe")
     parts = []
     for layer in range(config.num_layers):
         for group, members in LINEAR_GROUPS.items():
@@ -143,7 +145,7 @@ def _part(
     group_size: int | None,
     formats: Sequence[str],
 ) -> Part:
-    shapes = [config.layer_shapes()[f"{module}.weight"] for module in modules]
+    shapes = [config.layer_shapes(layer)[f"{module}.weight"] for module in modules]
     width = shapes[0][1]
     if main.gguf_type is not None:
         schemes = [
@@ -164,7 +166,7 @@ def _part(
 
 
 def _pinned_part(layer: int, group: str, module: str, config: ModelConfig, scheme: Scheme) -> Part:
-    shape = config.layer_shapes()[f"{module}.weight"]
+    shape = config.layer_shapes(layer)[f"{module}.weight"]
     return Part(layer, group, (module,), prod(shape), shape[1], (scheme,))
 
 

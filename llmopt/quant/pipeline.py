@@ -186,7 +186,7 @@ def _calibration_tokens(recipe: Recipe, source: ModelSource, progress: Progress)
 
 def _last_error(reports: list[ModuleReport]) -> str:
     """The error of the layer before, for the progress bar."""
-    last = reports[-7:]
+    last = [r for r in reports if r.name.split(".")[2] == reports[-1].name.split(".")[2]]
     return f" (last layer's error {sum(r.error for r in last) / len(last):.2%})" if last else ""
 
 

@@ -25,7 +25,7 @@ from llmopt.errors import InputError, LlmoptError
 from llmopt.model.source import ModelSource, open_source
 from llmopt.model.tokenizer_files import write_tokenizer
 from llmopt.progress import Progress, silent
-from llmopt.quant.estimate import estimate_memory, estimate_seconds, linear_weights, measure_rates
+from llmopt.quant.estimate import estimate_memory, estimate_seconds, layer_weights, measure_rates
 from llmopt.quant.export import MANIFEST, FolderExporter, GGUFExporter, check_output, parameter_order
 from llmopt.quant.legacy.run import check_quantizer
 from llmopt.quant.methods.rtn import round_to_nearest
@@ -183,14 +183,12 @@ def _written_bytes(export: Export, recipe: Recipe, source: ModelSource) -> int:
         exporter = FolderExporter(export, recipe, source, Path(export.output))
         modules: dict[tuple[Scheme, tuple[int, ...]], int] = {}
         written = 0
-        for name, shape in parameter_order(source).items():
-            module = name.removesuffix(".weight")
-            scheme = recipe.schemes.get(module)
+        for name, (shape, scheme) in exporter.written().items():
             if scheme is None:
                 written += prod(shape) * exporter.dtype.itemsize
                 continue
             if (scheme, shape) not in modules:
-                modules[scheme, shape] = _module_bytes(exporter, module, scheme, shape)
+                modules[scheme, shape] = _module_bytes(exporter, name.removesuffix(".weight"), scheme, shape)
             written += modules[scheme, shape]
     if recipe.mixture is not None:  # whatever its parts get, they get no more than the budget together
         written += recipe.mixture.budget // 8 - _stored_bits(recipe, source) // 8
@@ -211,10 +209,9 @@ def _module_bytes(exporter: FolderExporter, module: str, scheme: Scheme, shape: 
 
 
 def _stored_bits(recipe: Recipe, source: ModelSource) -> int:
-    shapes = source.config.layer_shapes()
     total = 0.0
     for name, scheme in recipe.schemes.items():
-        shape = shapes[f"{name.split('.', 3)[3]}.weight"]
+        shape = source.config.linear_shape(name)
         total += prod(shape) * scheme.stored_bits(shape[1])
     return round(total)
 
@@ -231,7 +228,7 @@ def _check_disks(exports: Iterable[PlannedExport], recipe: Recipe, source: Model
         if export.format != GGUF:  # a shard is written twice, because its header is known only at its end
             needed[device] += min(export.size_bytes, SHARD_BYTES)
         if number == 0 and recipe.calibration is not None:  # finished layers are kept, one byte a code
-            needed[device] += source.config.num_layers * linear_weights(source.config)
+            needed[device] += sum(layer_weights(source.config))
     disks = tuple(
         Disk(str(folder), needed[device], shutil.disk_usage(folder).free) for device, folder in folders.items()
     )

@@ -8,8 +8,9 @@ from typing import Any
 
 from llmopt.backend.select import find_device
 from llmopt.errors import InputError
+from llmopt.model.architectures import ARCHITECTURES
 from llmopt.model.config import ModelConfig
-from llmopt.model.decoder import LINEAR_GROUPS
+from llmopt.model.decoder import config_groups
 from llmopt.model.source import layer_name
 from llmopt.quant.methods.awq import AWQ
 from llmopt.quant.methods.base import Method
@@ -57,9 +58,9 @@ class Recipe:
             case "gptq":
                 return GPTQ(self.options.damp, self.options.desc_act)
             case "awq":
-                return AWQ(config.head_dim)
+                return AWQ(config.head_dim, config.norm_offset)
             case "smoothquant":
-                return SmoothQuant(config.head_dim)
+                return SmoothQuant(config.head_dim, config.norm_offset)
         return RoundToNearest()
 
     def layer_schemes(self, layer: int) -> dict[str, Scheme]:
@@ -81,6 +82,8 @@ def resolve(options: Options, config: ModelConfig) -> Recipe:
     for export in exports:
         _check_output(export)
     gguf = all(export.format == GGUF for export in exports)
+    if ARCHITECTURES[config.architecture].gguf_name is None and any(export.format == GGUF for export in exports):
+        raise InputError(f"{config.architecture} models are not written to gguf; give --format {', '.join(FORMATS)}")
     is_mix = gguf and options.scheme in MIXES
     main = main.with_group_size(options.group_size) if options.group_size is not None else main
     main = main if is_mix else main.for_widths(config.linear_widths())
@@ -172,7 +175,7 @@ def _check_shared_inputs(schemes: Mapping[str, Scheme], config: ModelConfig) -> 
     """Runtimes of Hugging Face formats make one operation of the layers that share an input, so these must be alike;
     otherwise the checkpoint would be written and then refused."""
     for layer in range(config.num_layers):
-        for members in LINEAR_GROUPS.values():
+        for members in config_groups(config, layer).values():
             found = [schemes.get(layer_name(layer, module)) for module in members]
             if len(set(found)) > 1:
                 kinds = sorted({KEEP if scheme is None else scheme.name for scheme in found})

@@ -31,11 +31,11 @@ def choose_schemes(options: Options, main: Scheme, is_mix: bool, config: ModelCo
     `main` is settled, but where `is_mix` says that the scheme's name is that of a mix. Raises InputError for an
     override's scheme that does not go, and for patterns that match nothing.
     """
-    names, shapes = linear_names(config), config.layer_shapes()
+    names = linear_names(config)
     ignored = [_pattern("--ignore", pattern, names) for pattern in options.ignore]
     overrides = [(_pattern("an override", o.modules, names), o) for o in options.overrides]
     if is_mix:
-        usual = _mixed(options.scheme, {name: shapes[_within_layer(name)] for name in names}, config)
+        usual = _mixed(options.scheme, {name: config.linear_shape(name) for name in names}, config)
     else:
         usual = dict.fromkeys(names, main)
     schemes: dict[str, Scheme] = {}
@@ -43,7 +43,7 @@ def choose_schemes(options: Options, main: Scheme, is_mix: bool, config: ModelCo
         chosen = usual[name]
         for pattern, override in overrides:
             if pattern.search(name):
-                chosen = _overriding(override, shapes[_within_layer(name)][1])
+                chosen = _overriding(override, config.linear_shape(name)[1])
         if not chosen.is_dense and not any(pattern.search(name) for pattern in ignored):
             schemes[name] = chosen
     return schemes
@@ -82,11 +82,6 @@ def _mixed(mix: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig)
             )
 
     return {name: SCHEMES[kind.lower()] for name, kind in types()}
-
-
-def _within_layer(module: str) -> str:
-    """A linear layer's weight by its name within its decoder layer."""
-    return f"{module.split('.', 3)[3]}.weight"
 
 
 def _overriding(override: Override, width: int) -> Scheme:

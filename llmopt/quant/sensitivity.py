@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmopt.backend.base import Linear
 from llmopt.backend.reference import ReferenceBackend
-from llmopt.model.decoder import LINEAR_GROUPS, DecoderLayer
+from llmopt.model.decoder import LINEAR_GROUPS, DecoderLayer, place_norm
 from llmopt.model.source import ModelSource, as_dense
 from llmopt.progress import Progress, silent
 from llmopt.quant.calibration import CalibrationSweep
@@ -121,9 +121,8 @@ def _trace(
 
     `hidden`, its input, and `gradient`, that at its output, are [samples, length, hidden].
     """
-    watched = {group: _Watched(getattr(layer, group)) for group in LINEAR_GROUPS}
-    for group, linear in watched.items():
-        setattr(layer, group, linear)
+    watched = {group: _Watched(linear) for group, linear in layer.linears.items()}
+    layer.linears.update(watched)
     hidden = hidden.clone().requires_grad_()
     output = sweep.run(layer, hidden)
     earlier, *found = torch.autograd.grad(output, [hidden, *(w.output for w in watched.values())], gradient)
@@ -157,23 +156,32 @@ def _start_backwards(source: ModelSource, hidden: Tensor, backend: ReferenceBack
     gone through twice in pieces, so that neither the head nor the logits are ever whole in floating point.
     """
     hidden = hidden.detach().requires_grad_()
-    norm = source.final_norm.to(backend.device, backend.dtype)
+    norm = place_norm(source.final_norm, source.config, backend)
     normed = backend.rms_norm(hidden, norm, source.config.rms_norm_eps)
     last = normed.detach().flatten(0, 1)
-    head = source.head
+    head, cap = source.head, source.config.logit_soft_cap
     total = torch.full((len(last), 1), -torch.inf, device=last.device)
     for rows in _pieces(head, backend):
-        total = torch.logaddexp(total, _product(last, rows).logsumexp(1, keepdim=True))
+        total = torch.logaddexp(total, _capped(_product(last, rows), cap)[0].logsumexp(1, keepdim=True))
     random = torch.Generator(backend.device).manual_seed(seed)
     signed, mean, sum_signed = torch.zeros_like(last), torch.zeros_like(last), torch.zeros_like(total)
     for rows in _pieces(head, backend):
-        p = (_product(last, rows) - total).exp_()
+        logits, slope = _capped(_product(last, rows), cap)
+        p = (logits - total).exp_()
         root = p.sqrt() * (torch.randint(0, 2, p.shape, generator=random, device=p.device) * 2 - 1)
-        signed += _product(root, rows.T)
-        mean += _product(p, rows.T)
+        signed += _product(root * slope, rows.T)
+        mean += _product(p * slope, rows.T)
         sum_signed += root.sum(1, keepdim=True)
     at_normed = (signed - sum_signed * mean).view_as(normed)
     return torch.autograd.grad(normed, hidden, at_normed)[0]
+
+
+def _capped(logits: Tensor, cap: float | None) -> tuple[Tensor, Tensor | float]:
+    """Logits as the model gives them out, and their derivative with respect to what the head gave."""
+    if cap is None:
+        return logits, 1.0
+    share = (logits / cap).tanh()
+    return share * cap, 1 - share.square()
 
 
 def _pieces(head: Weight, backend: ReferenceBackend) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """The one canonical form of a quantized weight, between every method, format and kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,6 +147,52 @@ class QuantizedTensor:
 
 
 Weight = Tensor | QuantizedTensor
+
+
+def joined(weights: Sequence[Weight]) -> Weight:
+    """Weights with the same inputs as one, outputs side by side. Raises ValueError where they are not of one kind.
+
+    What they share, such as the group index, is that of the first.
+    """
+    first, *others = weights
+    if not others:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat([weight for weight in weights if isinstance(weight, Tensor)])
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+    if len(quantized) < len(weights) or any(_kind(weight) != _kind(first) for weight in quantized):
+        raise ValueError("weights in different numbers cannot be joined")
+    if any(not _same_groups(weight, first) for weight in quantized):
+        raise ValueError("weights whose inputs are grouped differently cannot be joined")
+    return replace(
+        first,
+        codes=torch.cat([weight.codes for weight in quantized]),
+        scales=_joined_scales([weight.scales for weight in quantized]),
+        zeros=None if first.zeros is None else torch.cat([weight.zeros for weight in quantized]),  # type: ignore[misc]
+        minimums=None if first.minimums is None else _joined_scales([weight.minimums for weight in quantized]),  # type: ignore[misc]
+    )
+
+
+def _kind(weight: QuantizedTensor) -> tuple[object, ...]:
+    levels = isinstance(weight.scales, TwoLevel) and weight.scales.factors.shape
+    return weight.bits, weight.number, weight.activations, weight.zeros is None, weight.minimums is None, levels
+
+
+def _same_groups(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    if a.group_index is None or b.group_index is None:
+        return a.group_index is b.group_index and a.scales.shape[1] == b.scales.shape[1]
+    return torch.equal(a.group_index, b.group_index)
+
+
+def _joined_scales(scales: Sequence[Scales]) -> Scales:
+    if all(isinstance(each, Tensor) for each in scales):
+        return torch.cat([each for each in scales if isinstance(each, Tensor)])
+    levels = [each for each in scales if isinstance(each, TwoLevel)]
+    values = torch.cat([each.values for each in levels])
+    first = levels[0].factors
+    if all(each.factors.shape[0] == 1 and torch.equal(each.factors, first) for each in levels):
+        return TwoLevel(values, first)
+    return TwoLevel(values, torch.cat([each.factors.expand(each.shape[0], -1) for each in levels]))
 
 
 def row_parts(weight: Weight) -> Iterator[slice]:

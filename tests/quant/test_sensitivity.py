@@ -49,7 +49,7 @@ def found_divergence(model: torch.nn.Module, part: Part, scheme, text: Tensor) -
     return float((truth.exp() * (truth - found)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("family", ["llama-tied-biased", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("family", ["llama-tied-biased", "qwen3", "mistral-window", "gemma2"])
 def test_estimates_agree_with_the_divergence_that_is_found(family: str, tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(sensitivity, "VOCABULARY_AT_ONCE", 100)  # so that there are several pieces
     folder, model = tiny_model(family)

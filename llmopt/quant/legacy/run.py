@@ -86,7 +86,7 @@ def check_quantizer(recipe: Recipe, config: ModelConfig) -> None:
         raise InputError(f"{name} does not know {config.architecture}, only {', '.join(package.families)}: {native}")
     if recipe.main.group_size == PER_CHANNEL and not package.whole_rows:
         raise InputError(f"{name} needs a --group-size above 0, -1 is not possible")
-    for layer, shape in config.layer_shapes().items():
+    for layer, shape in config.layer_shapes(0).items():
         if len(shape) == 2 and shape[0] % package.multiple:
             raise InputError(f"{name} needs outputs in multiples of {package.multiple}, {layer} has {shape[0]}")
 

@@ -21,7 +21,7 @@ from llmopt.quant.methods.base import (
     relative_error,
     stacks,
 )
-from llmopt.quant.methods.folding import Fold, folds
+from llmopt.quant.methods.folding import Fold, folds, why_unscaled
 from llmopt.quant.methods.rtn import round_to_nearest
 from llmopt.weights.scheme import Scheme
 
@@ -34,19 +34,21 @@ UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their errors multiply ea
 class AWQ(Method):
     """Attributes:
     head_dim: the length of an attention head, by which the output projection's inputs are told apart.
+    norm_offset: that of `ModelConfig`.
     """
 
     name = "awq"
     needs_calibration = True
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, norm_offset: float = 0.0) -> None:
         self.head_dim = head_dim
+        self.norm_offset = norm_offset
 
     def quantize_layer(
         self, weights: dict[str, Tensor], schemes: Mapping[str, Scheme], statistics: dict[str, InputStatistics]
     ) -> LayerResult:
         scaled = dict(weights)
-        for fold in folds(weights, schemes, self.head_dim):
+        for fold in folds(weights, schemes, self.head_dim, self.norm_offset):
             members = [stack for stack in stacks(scaled, schemes) if stack.group == fold.group]
             scales = _search_scales(members, fold, statistics[fold.group])
             fold.apply(scaled, scales)
@@ -57,7 +59,8 @@ class AWQ(Method):
             grid = _search_clip(stack, seen.full_gram())
             for module, weight, part in stack.split(round_to_nearest(stack.weight, stack.scheme, grid)):
                 result.weights[f"{module}.weight"] = part
-                result.modules.append(ModuleReport(module, self.name, relative_error(weight, part, seen)))
+                error = relative_error(weight, part, seen)
+                result.modules.append(ModuleReport(module, self.name, error, why_unscaled(module)))
         return result
 
 
@@ -65,7 +68,10 @@ def _search_scales(members: list[Stack], fold: Fold, statistics: InputStatistics
     """float32 [distinct inputs]: the input scales, x̄^r / w̄^(1 − r) for the best of 20 ratios r, normalised around
     1; or all ones, where none is better. x̄ is the root mean square, which the gram matrix holds already, where the
     paper takes the mean magnitude."""
-    activation = fold.shared(statistics.importance().sqrt()).clamp(min=1e-8)
+    importance = statistics.importance()
+    if importance is None:
+        return torch.ones_like(fold.shared(statistics.energy))
+    activation = fold.shared(importance.sqrt()).clamp(min=1e-8)
     magnitude = torch.cat([_typical(stack) for stack in members]).mean(0)
     typical = fold.shared(magnitude)
     best_loss, best = torch.inf, torch.ones_like(activation)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmopt.backend.gram import GramSum, add_gram
-from llmopt.model.decoder import LINEAR_GROUPS
+from llmopt.model.decoder import linear_groups
 from llmopt.weights.quantized import QuantizedTensor, Weight
 from llmopt.weights.scheme import Scheme
 
@@ -42,9 +42,10 @@ class InputStatistics:
             self._keep(x)
         self.tokens += x.shape[0]
 
-    def importance(self) -> Tensor:
-        """float32 [in]: the mean square of each input."""
-        return self.energy / max(self.tokens, 1)
+    def importance(self) -> Tensor | None:
+        """float32 [in]: the mean square of each input; None where none were seen, as of an expert that no token of
+        the calibration was sent to."""
+        return self.energy / self.tokens if self.tokens else None
 
     def scaled(self, factors: Tensor) -> "InputStatistics":
         """What would have been seen of inputs times `factors` [in]."""
@@ -91,7 +92,7 @@ class Stack:
     """Linear layers that share their input and their scheme, as one matrix.
 
     Attributes:
-        group: their key in LINEAR_GROUPS.
+        group: their key in `linear_groups`.
         modules: their names, in order.
         weight: float32 [sum of outputs, in].
     """
@@ -110,7 +111,7 @@ class Stack:
 
 def stacks(weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> Iterator[Stack]:
     """The linear layers that have a scheme, those together that can be."""
-    for group, members in LINEAR_GROUPS.items():
+    for group, members in linear_groups(weights).items():
         by_scheme: dict[Scheme, list[str]] = {}
         for module in members:
             if module in schemes:
@@ -145,7 +146,7 @@ class Method(ABC):
             weights: its parameters in float32, by their names within the layer; not changed.
             schemes: for each linear layer to quantize, by its name within the layer, its scheme with the group size
                 settled; the others stay as they are.
-            statistics: for each key of `LINEAR_GROUPS`, what calibration saw there; empty without calibration.
+            statistics: for each key of `linear_groups`, what calibration saw there; empty without calibration.
         """
 
 
@@ -155,7 +156,7 @@ def relative_error(weight: Tensor, quantized: QuantizedTensor, statistics: Input
     Where only the energies of the inputs are known, they are taken as uncorrelated.
     """
     difference = quantized.dequantize() - weight
-    if statistics is None:
+    if statistics is None or not statistics.tokens:
         return float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
     if statistics.gram is None:
         loss, whole = ((w.square() * statistics.energy).sum() for w in (difference, weight))

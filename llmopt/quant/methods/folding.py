@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmopt.model.decoder import LINEAR_GROUPS
+from llmopt.model.decoder import linear_groups
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,18 @@ class Fold:
     """One input that can be scaled.
 
     Attributes:
-        group: its key in LINEAR_GROUPS.
+        group: its key in `linear_groups`.
+        modules: the linear layers that take that input.
         absorbers: parameters whose rows (or elements) are that input, which take the inverse.
+        offset: what is added to the absorbers before they multiply, of norms that do.
         sharing: how many query heads read each value head; those must share their scales.
         head_dim: the length of a head, where `sharing` is more than 1.
     """
 
     group: str
+    modules: tuple[str, ...]
     absorbers: tuple[str, ...]
+    offset: float = 0.0
     sharing: int = 1
     head_dim: int = 1
 
@@ -38,27 +42,47 @@ class Fold:
 
     def apply(self, weights: dict[str, Tensor], scales: Tensor) -> None:
         """In `weights`, multiply the group's columns by `scales` [distinct inputs] and divide the absorbers by them."""
-        for module in LINEAR_GROUPS[self.group]:
+        for module in self.modules:
             weights[f"{module}.weight"] = weights[f"{module}.weight"] * self.spread(scales)
         for name in self.absorbers:
-            weights[name] = weights[name] / (scales[:, None] if weights[name].dim() == 2 else scales)
+            divisor = scales[:, None] if weights[name].dim() == 2 else scales
+            weights[name] = (weights[name] + self.offset) / divisor - self.offset
 
 
-def folds(weights: dict[str, Tensor], quantized: Collection[str], head_dim: int) -> list[Fold]:
+def folds(
+    weights: dict[str, Tensor], quantized: Collection[str], head_dim: int, norm_offset: float = 0.0
+) -> list[Fold]:
     """The inputs that can be scaled.
 
     The input of the output projection is made of the values', head by head. Under grouped queries one value head feeds
     several query heads, whose inputs then share their scales. A layer that is not to be quantized neither has its
-    input scaled nor absorbs another's scales.
+    input scaled nor absorbs another's scales. `norm_offset` is that of `ModelConfig`.
+
+    Where there are experts, all of them and the router share the norm's output. Scales that suit one would not suit
+    another, so that input stays as it is; what an expert makes of it is scaled like that of an MLP.
     """
+    groups = linear_groups(weights)
     sharing = weights["self_attn.o_proj.weight"].shape[1] // weights["self_attn.v_proj.weight"].shape[0]
+    values = _with_bias(weights, "self_attn.v_proj")
     found = [
-        Fold("qkv", ("input_layernorm.weight",)),
-        Fold("output", _with_bias(weights, "self_attn.v_proj"), sharing, head_dim),
-        Fold("gate_up", ("post_attention_layernorm.weight",)),
-        Fold("down", _with_bias(weights, "mlp.up_proj")),
+        Fold("qkv", groups["qkv"], ("input_layernorm.weight",), norm_offset),
+        Fold("output", groups["output"], values, sharing=sharing, head_dim=head_dim),
     ]
+    if "gate_up" in groups:
+        before = "pre_feedforward_layernorm.weight"  # where it is there, the other norm comes after attention
+        norm = before if before in weights else "post_attention_layernorm.weight"
+        found.append(Fold("gate_up", groups["gate_up"], (norm,), norm_offset))
+    for group, members in groups.items():
+        if group.endswith("down"):
+            found.append(Fold(group, members, _with_bias(weights, members[0].replace("down_proj", "up_proj"))))
     return [fold for fold in found if all(module in quantized for module in _linear_layers(fold))]
+
+
+def why_unscaled(module: str) -> str | None:
+    """Why there is no fold for the input of a linear layer; None where there is one, or could be."""
+    if ".experts." in module and not module.endswith("down_proj"):
+        return "its inputs are not scaled, because all experts and the router share them"
+    return None
 
 
 def _with_bias(weights: dict[str, Tensor], module: str) -> tuple[str, ...]:
@@ -67,4 +91,4 @@ def _with_bias(weights: dict[str, Tensor], module: str) -> tuple[str, ...]:
 
 def _linear_layers(fold: Fold) -> list[str]:
     absorbing = [name.rpartition(".")[0] for name in fold.absorbers]
-    return [*LINEAR_GROUPS[fold.group], *(module for module in absorbing if not module.endswith("layernorm"))]
+    return [*fold.modules, *(module for module in absorbing if not module.endswith("layernorm"))]

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 BLOCK = 128  # inputs after which the rest of the matrix is brought up to date
 INVERSE_BLOCK = 512  # columns of the inverse computed together
 GRID_STEPS = 20
+INPUTS_PER_TOKEN = 4  # of an expert, at most; with fewer tokens it is rounded to nearest
 DAMPING_STEPS = (1.0, 10.0, 100.0)  # times the damping asked for, until the Hessian can be factorised
 
 
@@ -50,10 +51,12 @@ class GPTQ(Method):
         result = LayerResult(dict(weights))
         for group, alike in groupby(stacks(weights, schemes), key=lambda stack: stack.group):
             seen = statistics[group]
-            hessian, fallback = self._factorise(seen.full_gram())
+            too_few = _too_few(group, seen)
+            hessian, fallback = self._factorise(seen.full_gram()) if too_few is None else (None, too_few)
+            importance = seen.importance() if too_few is None else None
             for stack in alike:
                 if hessian is None:
-                    quantized = round_to_nearest(stack.weight, stack.scheme, importance=seen.importance())
+                    quantized = round_to_nearest(stack.weight, stack.scheme, importance=importance)
                 else:
                     quantized = gptq(stack.weight, hessian, stack.scheme, self.desc_act)
                 for module, weight, part in stack.split(quantized):
@@ -71,6 +74,18 @@ class GPTQ(Method):
             except torch.linalg.LinAlgError:
                 logger.info("damping %g does not make the Hessian positive definite", damping)
         return None, "rounded to nearest: the Hessian is not positive definite"
+
+
+def _too_few(group: str, seen: InputStatistics) -> str | None:
+    """Why a Hessian would say nothing, where an expert was sent too few tokens; None where there are enough.
+
+    The errors that GPTQ moves about are judged by the inputs that were seen. From fewer than a fraction of the
+    inputs' number, it would learn these tokens by heart.
+    """
+    least = -(-len(seen.energy) // INPUTS_PER_TOKEN)
+    if not group.startswith("experts.") or seen.tokens >= least:
+        return None
+    return f"rounded to nearest: of the calibration {seen.tokens} tokens came to this expert, {least} are needed"
 
 
 class Hessian:

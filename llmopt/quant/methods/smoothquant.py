@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmopt.backend.reference import round_activations
 from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, Stack, stacks
-from llmopt.quant.methods.folding import Fold, folds
+from llmopt.quant.methods.folding import Fold, folds, why_unscaled
 from llmopt.quant.methods.rtn import RoundToNearest, round_to_nearest
 from llmopt.weights.scheme import Scheme
 
@@ -23,6 +23,7 @@ KEEP_ROWS = 512  # inputs on which a strength is judged
 class SmoothQuant(Method):
     """Attributes:
     head_dim: the length of an attention head, by which the output projection's inputs are told apart.
+    norm_offset: that of `ModelConfig`.
     """
 
     name = "smoothquant"
@@ -30,21 +31,22 @@ class SmoothQuant(Method):
     needs_gram = False
     keep_rows = KEEP_ROWS
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, norm_offset: float = 0.0) -> None:
         self.head_dim = head_dim
+        self.norm_offset = norm_offset
 
     def quantize_layer(
         self, weights: dict[str, Tensor], schemes: Mapping[str, Scheme], statistics: dict[str, InputStatistics]
     ) -> LayerResult:
         smoothed = dict(weights)
-        for fold in folds(weights, schemes, self.head_dim):
+        for fold in folds(weights, schemes, self.head_dim, self.norm_offset):
             members = [stack for stack in stacks(smoothed, schemes) if stack.group == fold.group]
             scales = _search_scales(members, fold, statistics[fold.group])
             fold.apply(smoothed, scales)
             statistics = statistics | {fold.group: statistics[fold.group].scaled(1 / fold.spread(scales))}
         result = RoundToNearest().quantize_layer(smoothed, schemes, statistics)
         for module in result.modules:
-            module.method = self.name
+            module.method, module.fallback = self.name, why_unscaled(module.name)
         return result
 
 
