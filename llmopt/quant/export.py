@@ -16,7 +16,7 @@ from llmopt.model.architectures import ARCHITECTURES
 from llmopt.model.decoder import linear_names
 from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name
 from llmopt.model.tokenizer_files import gguf_tokenizer_entries, write_tokenizer
-from llmopt.quant.methods.rtn import round_to_nearest
+from llmopt.quant.methods.rtn import round_in_parts
 from llmopt.quant.options import Export
 from llmopt.quant.recipe import Recipe
 from llmopt.weights.artifact import ArtifactFile, ArtifactFolder
@@ -24,7 +24,7 @@ from llmopt.weights.formats import FORMATS
 from llmopt.weights.formats.gguf_blocks import block_type, encode_blocks
 from llmopt.weights.formats.gguf_mixes import FILE_TYPES
 from llmopt.weights.gguf_writer import STORED_AS, GGUFWriter
-from llmopt.weights.quantized import QuantizedTensor, Weight, row_parts
+from llmopt.weights.quantized import QuantizedTensor, Weight
 from llmopt.weights.scheme import SCHEMES, Scheme
 from llmopt.weights.shards import ShardWriter
 
@@ -90,35 +90,44 @@ class FolderExporter(Exporter):
         self.export = export
         self.source = source
         self.folder = folder
-        schemes = {name: recipe.schemes.get(name, SCHEMES["f16"]) for name in linear_names(source.config)}
+        self.schemes = recipe.modules
+        schemes = dict.fromkeys(linear_names(source.config), SCHEMES["f16"]) | self.schemes
         kind = FORMATS[str(export.format)]
         self.format = kind.for_schemes(schemes, desc_act=recipe.options.desc_act, damp=recipe.options.damp)
         self.shards = ShardWriter(folder)
         self.dtype_name = source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float16"
         self.dtype = getattr(torch, self.dtype_name)
+        self.own_head = recipe.head is not None
 
     @property
     def size_bytes(self) -> int:  # type: ignore[override]
         return self.shards.size_bytes
 
     def add(self, name: str, weight: Weight) -> None:
-        if isinstance(weight, QuantizedTensor) and name not in (EMBEDDING, HEAD):
-            for part, tensor in self.format.encode(name.removesuffix(".weight"), weight).items():
+        module = name.removesuffix(".weight")
+        if isinstance(weight, QuantizedTensor) and module in self.schemes:
+            for part, tensor in self.format.encode(module, weight).items():
                 self.shards.add(part, tensor)
         else:
             self.shards.add(name, as_dense(weight, self.dtype))
 
     def finish(self, manifest: dict[str, Any]) -> None:
         self.shards.close()
-        finish_folder(self.source, self.folder, self.dtype_name, self.format.config(), manifest)
+        finish_folder(self.source, self.folder, self.dtype_name, self.format.config(), manifest, own_head=self.own_head)
 
 
 def finish_folder(
-    source: ModelSource, folder: Path, dtype_name: str, quantization: dict[str, Any], manifest: dict[str, Any]
+    source: ModelSource,
+    folder: Path,
+    dtype_name: str,
+    quantization: dict[str, Any],
+    manifest: dict[str, Any],
+    own_head: bool = False,
 ) -> None:
     """Write what a Hugging Face folder holds beside its weights: tokenizer, configuration, `llmopt.json`.
 
-    `dtype_name` is that of the weights that are not quantized, `quantization` the `quantization_config`.
+    `dtype_name` is that of the weights that are not quantized, `quantization` the `quantization_config`; `own_head`
+    says that the head is a matrix of its own, whatever it is in the source.
     """
 
     def write(name: str, content: dict[str, Any]) -> None:
@@ -126,6 +135,7 @@ def finish_folder(
 
     write_tokenizer(source, folder)
     config = {key: value for key, value in source.hf_config.items() if key not in ("dtype", "torch_dtype")}
+    config |= {"tie_word_embeddings": False} if own_head else {}
     # Both names: transformers 4 knows the second only.
     dtypes = {"dtype": dtype_name, "torch_dtype": dtype_name}
     write("config.json", config | dtypes | {"quantization_config": quantization})
@@ -181,8 +191,7 @@ def _fits(weight: Weight, kind: str) -> TypeGuard[QuantizedTensor]:
 
 def _rounded(weight: Weight, scheme: Scheme) -> Tensor:
     """The blocks of a weight that is in other codes or in none; some rows at a time, as no block spans two."""
-    parts = (weight[rows] if isinstance(weight, Tensor) else weight.select_rows(rows) for rows in row_parts(weight))
-    return torch.cat([encode_blocks(round_to_nearest(as_dense(part), scheme)) for part in parts])
+    return torch.cat([encode_blocks(rounded) for _, rounded in round_in_parts(weight, scheme)])
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -204,12 +213,13 @@ def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     window = config.windows[0]
     if any(other != window for other in config.windows):
         raise InputError("the model has sliding windows on some of its layers only, which GGUF cannot say")
+    recipe_keys = {key: value for key, value in recipe.to_dict().items() if key != "head"}  # which is not for GGUF
     metadata: dict[str, Any] = {
         "general.architecture": name,
         "general.name": source.path.stem,
         "general.file_type": FILE_TYPES.get(recipe.options.scheme, FILE_TYPES["f16"]),
         "general.quantization_version": 2,
-        "llmopt.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
+        "llmopt.recipe": json.dumps(recipe_keys, sort_keys=True),
         f"{name}.context_length": config.max_position,
         f"{name}.embedding_length": config.hidden_size,
         f"{name}.block_count": config.num_layers,

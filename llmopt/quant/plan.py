@@ -22,7 +22,7 @@ import torch
 
 from llmopt.backend.select import fast_products
 from llmopt.errors import InputError, LlmoptError
-from llmopt.model.source import ModelSource, open_source
+from llmopt.model.source import EMBEDDING, HEAD, ModelSource, open_source
 from llmopt.model.tokenizer_files import write_tokenizer
 from llmopt.progress import Progress, silent
 from llmopt.quant.estimate import estimate_memory, estimate_seconds, linear_weights, measure_rates
@@ -72,7 +72,7 @@ class Plan:
     Attributes:
         recipe: the options, settled.
         parameters: of the whole model.
-        schemes: how many linear layers get which scheme.
+        schemes: how many linear layers, and the head where it is one of them, get which scheme.
         memory: bytes at the peak by what takes them, an estimate.
         memory_available: bytes that this machine has to give now.
         seconds: by phase, an estimate.
@@ -128,7 +128,7 @@ def make_plan(options: Options, overwrite: bool = False, resume: bool = False, p
     return Plan(
         recipe=recipe,
         parameters=sum(prod(shape) for shape in parameter_order(source).values()),
-        schemes=dict(Counter(scheme.name for scheme in recipe.schemes.values())),
+        schemes=dict(Counter(scheme.name for scheme in recipe.modules.values())),
         exports=exports,
         disks=disks,
         memory=memory,
@@ -183,9 +183,12 @@ def _written_bytes(export: Export, recipe: Recipe, source: ModelSource) -> int:
         exporter = FolderExporter(export, recipe, source, Path(export.output))
         modules: dict[tuple[Scheme, tuple[int, ...]], int] = {}
         written = 0
-        for name, shape in parameter_order(source).items():
+        order = parameter_order(source)
+        if recipe.head is not None:  # a matrix of its own, also where the model has it tied to the embedding
+            order[HEAD] = order[EMBEDDING]
+        for name, shape in order.items():
             module = name.removesuffix(".weight")
-            scheme = recipe.schemes.get(module)
+            scheme = exporter.schemes.get(module)
             if scheme is None:
                 written += prod(shape) * exporter.dtype.itemsize
                 continue
