@@ -28,8 +28,8 @@ _CALIBRATION = "Calibration"
 _RUN = "How to run"
 # Flags that are keys of `Options` under the same name; `format` is the first export's.
 _KEYS = (
-    "method", "scheme", "group_size", "target_bpw", "desc_act", "damp", "ignore", "calibration", "samples", "seq_len",
-    "seed", "device", "spill", "quantizer", "format",
+    "method", "scheme", "group_size", "head", "target_bpw", "desc_act", "damp", "ignore", "calibration", "samples",
+    "seq_len", "seed", "device", "spill", "quantizer", "format",
 )  # fmt: skip
 
 
@@ -75,6 +75,17 @@ def quantize(
         typer.Option(
             help="Weights that share a scale; -1 for whole rows. By default the largest of 128, 64 and 32 that "
             "divides the model's rows.",
+            show_default=False,
+            rich_help_panel=_OPTIONS,
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help="Also quantize the output layer (lm_head), rounded to nearest: w8a16 or another integer scheme of the "
+            "gptq or compressed-tensors format. A head that is tied to the embedding becomes a matrix of its own, and "
+            "the embedding stays in 16 bits. By default the head stays as the model has it.",
             show_default=False,
             rich_help_panel=_OPTIONS,
         ),

@@ -29,7 +29,7 @@ from llmopt.quant.recipe import GGUF, Recipe
 from llmopt.quant.samples import SAMPLED_AT_ONCE, SELF
 from llmopt.weights.formats import bits
 from llmopt.weights.formats.gguf_blocks import encode_blocks
-from llmopt.weights.quantized import QuantizedTensor
+from llmopt.weights.quantized import ELEMENTS_AT_ONCE, QuantizedTensor
 from llmopt.weights.scheme import PER_CHANNEL, Scheme
 
 MEASURED = 0.1  # seconds for each rate
@@ -149,6 +149,12 @@ def estimate_seconds(recipe: Recipe, source: ModelSource, rates: Rates) -> dict[
     choosing = _Choosing(recipe, rates)
     shapes = stack_shapes(recipe, config)
     seconds["choose codes"] = sum(count * choosing.seconds(shape) for shape, count in shapes.items())
+    if recipe.head is not None:
+        head = config.vocab_size * config.hidden_size
+        seconds["read"] += head * _seconds_to_read(source)
+        seconds["choose codes"] += head * choosing.seconds_to_round(recipe.head) + choosing.seconds_of_error(
+            recipe.head, head
+        )
     seconds["write"] = sum(_seconds_to_write(str(e.format), recipe, config, choosing) for e in recipe.options.exports)
     return seconds
 
@@ -206,9 +212,11 @@ class _Choosing:
     def seconds(self, shape: Shape) -> float:
         scheme, inputs, weights = shape.scheme, shape.inputs, shape.weights
         once = 2 * weights * inputs / self.rates.exact  # of a product with the gram matrix
-        # Its values, their difference from the weights, squares and sums of both.
-        error = weights * (self._timed("dequantize", scheme) + 5 / self.rates.elements)
-        return error + self._method_seconds(scheme, inputs, weights, once)
+        return self.seconds_of_error(scheme, weights) + self._method_seconds(scheme, inputs, weights, once)
+
+    def seconds_of_error(self, scheme: Scheme, weights: int) -> float:
+        """Of so many weights: their values, the difference from what they were, squares and sums of both."""
+        return weights * (self._timed("dequantize", scheme) + 5 / self.rates.elements)
 
     def _method_seconds(self, scheme: Scheme, inputs: int, weights: int, once: float) -> float:
         match self.recipe.options.method:
@@ -258,7 +266,8 @@ def _seconds_a_weight(how: str, scheme: Scheme, desc_act: bool) -> float:
 def _seconds_to_write(format: str, recipe: Recipe, config: ModelConfig, choosing: _Choosing) -> float:
     """Of one artifact: codes are packed, and what has none passes from one dtype to another. GGUF also rounds the
     embedding, and the head where that is another."""
-    outer = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    embedding_alone = config.tie_word_embeddings or recipe.head is not None
+    outer = config.vocab_size * config.hidden_size * (1 if embedding_alone else 2)
     seconds = 2 * outer / choosing.rates.elements
     rounded = recipe.outer.get(EMBEDDING)
     if format == GGUF and rounded is not None and not rounded.is_dense:
@@ -274,6 +283,8 @@ def _weights_by_scheme(recipe: Recipe, config: ModelConfig) -> Counter[Scheme]:
     found: Counter[Scheme] = Counter()
     for shape, count in stack_shapes(recipe, config).items():
         found[shape.scheme] += count * shape.weights
+    if recipe.head is not None:
+        found[recipe.head] += config.vocab_size * config.hidden_size
     return found
 
 
@@ -303,6 +314,8 @@ def estimate_memory(recipe: Recipe, source: ModelSource, products: torch.dtype) 
         held["activations of the samples"] = tokens * config.hidden_size * FLOAT
         moments.append(_observing(recipe, config, products))
     moments.append(_choosing(recipe, config))
+    if recipe.head is not None:
+        moments.append(_rounding_the_head(source))
     return held | max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -353,3 +366,11 @@ def _gram_bytes(recipe: Recipe, config: ModelConfig) -> int:
 def _writing_the_embedding(source: ModelSource) -> dict[str, int]:
     """As it is stored, and as it is written, both in 16 bits at most; between them it passes in parts."""
     return {"the embedding, stored and written": 2 * 2 * prod(source.shape(EMBEDDING))}
+
+
+def _rounding_the_head(source: ModelSource) -> dict[str, int]:
+    """As it is stored, in 16 bits at most; its codes, in parts and whole; and of a part the weights, their groups'
+    numbers, their values and a square. Packing the codes takes less, as what was stored is gone by then."""
+    weights = source.config.vocab_size * source.config.hidden_size
+    part = min(weights, ELEMENTS_AT_ONCE)
+    return {"the head, stored": 2 * weights, "its codes": 2 * weights, "some of its rows in float32": 4 * part * FLOAT}

@@ -17,7 +17,7 @@ from llmopt.model.config import ROUTER, ModelConfig
 from llmopt.model.decoder import linear_names
 from llmopt.model.source import EMBEDDING, FINAL_NORM, HEAD, ModelSource, as_dense, layer_name
 from llmopt.model.tokenizer_files import gguf_tokenizer_entries, write_tokenizer
-from llmopt.quant.methods.rtn import round_to_nearest
+from llmopt.quant.methods.rtn import round_in_parts
 from llmopt.quant.options import Export
 from llmopt.quant.recipe import Recipe
 from llmopt.weights.artifact import ArtifactFile, ArtifactFolder
@@ -25,7 +25,7 @@ from llmopt.weights.formats import FORMATS
 from llmopt.weights.formats.gguf_blocks import block_type, encode_blocks
 from llmopt.weights.formats.gguf_mixes import FILE_TYPES
 from llmopt.weights.gguf_writer import STORED_AS, GGUFWriter
-from llmopt.weights.quantized import QuantizedTensor, Weight, joined, row_parts
+from llmopt.weights.quantized import QuantizedTensor, Weight, joined
 from llmopt.weights.scheme import SCHEMES, Scheme
 from llmopt.weights.shards import ShardWriter
 
@@ -92,9 +92,10 @@ class FolderExporter(Exporter):
         self.source = source
         self.folder = folder
         self.architecture = ARCHITECTURES[source.config.architecture]
-        self.schemes = recipe.schemes
-        modules = [*linear_names(source.config), *_routers(source.config)]
-        schemes = {self._module(name): recipe.schemes.get(name, SCHEMES["f16"]) for name in modules}
+        self.schemes = recipe.modules
+        self.own_head = recipe.head is not None
+        modules = dict.fromkeys([*linear_names(source.config), *_routers(source.config), *self.schemes])
+        schemes = {self._module(name): self.schemes.get(name, SCHEMES["f16"]) for name in modules}
         kind = FORMATS[str(export.format)]
         self.format = kind.for_schemes(schemes, desc_act=recipe.options.desc_act, damp=recipe.options.damp)
         self.shards = ShardWriter(folder)
@@ -114,7 +115,8 @@ class FolderExporter(Exporter):
         self._write(tensor, joined([self._waiting.pop(member) for member in members]))
 
     def _write(self, name: str, weight: Weight) -> None:
-        if isinstance(weight, QuantizedTensor) and name not in (EMBEDDING, HEAD):
+        kept = name == EMBEDDING or (name == HEAD and not self.own_head)
+        if isinstance(weight, QuantizedTensor) and not kept:
             for part, tensor in self.format.encode(name.removesuffix(".weight"), weight).items():
                 self.shards.add(part, tensor)
         else:
@@ -123,6 +125,8 @@ class FolderExporter(Exporter):
     def written(self) -> dict[str, tuple[tuple[int, ...], Scheme | None]]:
         """The tensors of the artifact before the format encodes them: names, shapes and schemes, None for dense."""
         order = parameter_order(self.source)
+        if self.own_head:  # also where the model has it tied to the embedding
+            order[HEAD] = order[EMBEDDING]
         tensors: dict[str, tuple[tuple[int, ...], Scheme | None]] = {}
         for name in order:
             tensor, members = hf_names.written(name, self.architecture)
@@ -136,7 +140,7 @@ class FolderExporter(Exporter):
 
     def finish(self, manifest: dict[str, Any]) -> None:
         self.shards.close()
-        finish_folder(self.source, self.folder, self.dtype_name, self.format.config(), manifest)
+        finish_folder(self.source, self.folder, self.dtype_name, self.format.config(), manifest, own_head=self.own_head)
 
 
 def _routers(config: ModelConfig) -> list[str]:
@@ -146,11 +150,17 @@ def _routers(config: ModelConfig) -> list[str]:
 
 
 def finish_folder(
-    source: ModelSource, folder: Path, dtype_name: str, quantization: dict[str, Any], manifest: dict[str, Any]
+    source: ModelSource,
+    folder: Path,
+    dtype_name: str,
+    quantization: dict[str, Any],
+    manifest: dict[str, Any],
+    own_head: bool = False,
 ) -> None:
     """Write what a Hugging Face folder holds beside its weights: tokenizer, configuration, `llmopt.json`.
 
-    `dtype_name` is that of the weights that are not quantized, `quantization` the `quantization_config`.
+    `dtype_name` is that of the weights that are not quantized, `quantization` the `quantization_config`; `own_head`
+    says that the head is a matrix of its own, whatever it is in the source.
     """
 
     def write(name: str, content: dict[str, Any]) -> None:
@@ -158,6 +168,7 @@ def finish_folder(
 
     write_tokenizer(source, folder)
     config = {key: value for key, value in source.hf_config.items() if key not in ("dtype", "torch_dtype")}
+    config |= {"tie_word_embeddings": False} if own_head else {}
     # Both names: transformers 4 knows the second only.
     dtypes = {"dtype": dtype_name, "torch_dtype": dtype_name}
     write("config.json", config | dtypes | {"quantization_config": quantization})
@@ -213,8 +224,7 @@ def _fits(weight: Weight, kind: str) -> TypeGuard[QuantizedTensor]:
 
 def _rounded(weight: Weight, scheme: Scheme) -> Tensor:
     """The blocks of a weight that is in other codes or in none; some rows at a time, as no block spans two."""
-    parts = (weight[rows] if isinstance(weight, Tensor) else weight.select_rows(rows) for rows in row_parts(weight))
-    return torch.cat([encode_blocks(round_to_nearest(as_dense(part), scheme)) for part in parts])
+    return torch.cat([encode_blocks(rounded) for _, rounded in round_in_parts(weight, scheme)])
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -236,12 +246,13 @@ def _gguf_metadata(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     window = config.windows[0]
     if any(other != window for other in config.windows):
         raise InputError("the model has sliding windows on some of its layers only, which GGUF cannot say")
+    recipe_keys = {key: value for key, value in recipe.to_dict().items() if key != "head"}  # which is not for GGUF
     metadata: dict[str, Any] = {
         "general.architecture": name,
         "general.name": source.path.stem,
         "general.file_type": FILE_TYPES.get(recipe.options.scheme, FILE_TYPES["f16"]),
         "general.quantization_version": 2,
-        "llmopt.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
+        "llmopt.recipe": json.dumps(recipe_keys, sort_keys=True),
         f"{name}.context_length": config.max_position,
         f"{name}.embedding_length": config.hidden_size,
         f"{name}.block_count": config.num_layers,

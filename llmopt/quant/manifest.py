@@ -31,9 +31,10 @@ def build_manifest(
     """The manifest of one artifact, which is also what `llmopt quantize --json` writes.
 
     `size_bytes` is that of the weights as written; `bits_per_weight` spreads it over all parameters, embeddings, norms
-    and scales included. `seconds` is the time of the whole run, `phases` where it went.
+    and scales included, those of the model that was read: a head that was tied to the embedding is not counted twice.
+    `seconds` is the time of the whole run, `phases` where it went.
     """
-    config = source.config
+    config, schemes = source.config, recipe.modules
     layers = sum(prod(s) for layer in range(config.num_layers) for s in config.layer_shapes(layer).values())
     outer = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
     parameters = layers + outer
@@ -50,7 +51,7 @@ def build_manifest(
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "size_bytes": size_bytes,
         "bits_per_weight": round(8 * size_bytes / parameters, 4),
-        "modules": [asdict(report) | {"scheme": recipe.schemes[report.name].name} for report in modules],
+        "modules": [asdict(report) | {"scheme": schemes[report.name].name} for report in modules],
         "recipe": recipe.to_dict(),
         "source": {"path": str(source.path), "fingerprint": source.fingerprint()},
         "versions": {

@@ -56,6 +56,8 @@ class Options(Strict):
         quantizer: `native`, or the package to run in its own environment.
         scheme: of all linear layers that no override names; or a mix of GGUF types, such as q4_k_m.
         group_size: weights that share a scale, -1 for whole rows, None for the largest usual one that divides them.
+        head: the scheme of a folder's output layer, which is rounded to nearest whatever the method is; None leaves it
+            as the model has it.
         target_bpw: mean bits of a weight in linear layers; sensitive ones get wider schemes than others.
         desc_act: form GPTQ's groups in the order of activation energy.
         damp: GPTQ's damping, a share of the Hessian's mean diagonal.
@@ -74,6 +76,7 @@ class Options(Strict):
     quantizer: Literal["native", "auto-gptq", "autoawq"] = "native"
     scheme: str = "w4a16"
     group_size: int | None = None
+    head: str | None = None
     target_bpw: float | None = None
     desc_act: bool = False
     damp: float = 0.01

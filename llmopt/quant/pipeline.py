@@ -19,6 +19,7 @@ from llmopt.progress import Progress, silent
 from llmopt.quant.activations import fit_in_memory
 from llmopt.quant.calibration import CalibrationSweep
 from llmopt.quant.export import open_exporter
+from llmopt.quant.head import round_head
 from llmopt.quant.legacy.run import check_quantizer, quantize_with_package
 from llmopt.quant.manifest import build_manifest
 from llmopt.quant.methods.base import LayerResult, Method, ModuleReport
@@ -31,6 +32,7 @@ from llmopt.quant.sensitivity import measure
 from llmopt.quant.work import WorkFolder
 from llmopt.weights.numbers import all_finite
 from llmopt.weights.quantized import Weight
+from llmopt.weights.scheme import Scheme
 
 
 def quantize(
@@ -95,7 +97,9 @@ def run(
         add(EMBEDDING, _finite(EMBEDDING, source.embedding))
         modules = _quantize_layers(recipe, source, work, samples, add, phases, progress)
         add(FINAL_NORM, _finite(FINAL_NORM, source.final_norm))
-        if not source.config.tie_word_embeddings:
+        if recipe.head is not None:
+            modules.append(_quantize_head(recipe.head, source, add, phases))
+        elif not source.config.tie_word_embeddings:
             add(HEAD, _finite(HEAD, source.head))
         manifests = []
         for exporter in exporters:
@@ -175,6 +179,17 @@ def _quantize_layer(
         statistics = {} if sweep is None else sweep.observe(DecoderLayer(source.config, index, weights, sweep.backend))
     with phases("choose codes"):
         return method.quantize_layer(weights, recipe.layer_schemes(index), statistics)
+
+
+def _quantize_head(
+    scheme: Scheme, source: ModelSource, add: Callable[[str, Weight], None], phases: Phases
+) -> ModuleReport:
+    with phases("read"):
+        given = _finite(HEAD, source.head)
+    with phases("choose codes"):
+        head, report = round_head(given, scheme)
+    add(HEAD, head)
+    return report
 
 
 def _calibration_tokens(recipe: Recipe, source: ModelSource, progress: Progress) -> Tensor:

@@ -72,7 +72,7 @@ class Plan:
     Attributes:
         recipe: the options, settled.
         parameters: of the whole model.
-        schemes: how many linear layers get which scheme.
+        schemes: how many linear layers, and the head where it is one of them, get which scheme.
         memory: bytes at the peak by what takes them, an estimate.
         memory_available: bytes that this machine has to give now.
         seconds: by phase, an estimate.
@@ -128,7 +128,7 @@ def make_plan(options: Options, overwrite: bool = False, resume: bool = False, p
     return Plan(
         recipe=recipe,
         parameters=sum(prod(shape) for shape in parameter_order(source).values()),
-        schemes=dict(Counter(scheme.name for scheme in recipe.schemes.values())),
+        schemes=dict(Counter(scheme.name for scheme in recipe.modules.values())),
         exports=exports,
         disks=disks,
         memory=memory,

@@ -11,7 +11,7 @@ from llmopt.errors import InputError
 from llmopt.model.architectures import ARCHITECTURES
 from llmopt.model.config import ModelConfig
 from llmopt.model.decoder import config_groups
-from llmopt.model.source import layer_name
+from llmopt.model.source import HEAD, layer_name
 from llmopt.quant.methods.awq import AWQ
 from llmopt.quant.methods.base import Method
 from llmopt.quant.methods.gptq import GPTQ
@@ -19,7 +19,7 @@ from llmopt.quant.methods.rtn import RoundToNearest
 from llmopt.quant.methods.smoothquant import SmoothQuant
 from llmopt.quant.mixed_precision import MixedPrecision, mixed_precision
 from llmopt.quant.options import KEEP, Export, Options
-from llmopt.quant.schemes import choose_schemes, gguf_names, main_scheme, outer_schemes
+from llmopt.quant.schemes import choose_schemes, gguf_names, head_scheme, main_scheme, outer_schemes
 from llmopt.weights.formats import FORMATS
 from llmopt.weights.formats.gguf_mixes import MIXES
 from llmopt.weights.scheme import Scheme, nearest
@@ -39,7 +39,8 @@ class Recipe:
         options: with every default filled in; `llmopt.json` holds them, and they are enough to do the same again.
         main: the scheme that was asked for; of a mix of GGUF types, that of most layers.
         schemes: the scheme of every linear layer that is quantized, by its full name, its group size settled.
-        outer: the schemes of embedding and head where GGUF quantizes them, by their parameters' names.
+        outer: the schemes of embedding and head where they are quantized, by their parameters' names: both in GGUF; the
+            head's alone in a folder, where it is asked for.
         calibration: where samples come from, None where none are needed.
         device: `cpu` or `cuda`.
         mixture: where `schemes` are only where a search for better ones within a budget begins, what it may choose.
@@ -52,6 +53,18 @@ class Recipe:
     calibration: str | None
     device: str
     mixture: MixedPrecision | None = None
+
+    @property
+    def head(self) -> Scheme | None:
+        """The scheme of a folder's head; None where it stays as it is, and for GGUF, whose head is rounded as it is
+        written."""
+        return None if self.options.head is None else self.outer[HEAD]
+
+    @property
+    def modules(self) -> dict[str, Scheme]:
+        """The scheme of every module that is reported on, by its full name: linear layers, and the head of a folder."""
+        head = {} if self.head is None else {HEAD.removesuffix(".weight"): self.head}
+        return {**self.schemes, **head}
 
     def build_method(self, config: ModelConfig) -> Method:
         match self.options.method:
@@ -92,6 +105,8 @@ def resolve(options: Options, config: ModelConfig) -> Recipe:
         for export in exports:
             check_combination(method, scheme, str(export.format), options.desc_act)
     mixture = _mixture(options, main, schemes, exports, config)
+    outer = outer_schemes(options.scheme, config) if gguf else {}
+    outer |= head_scheme(options, [str(export.format) for export in exports], config)
     calibration = options.calibration or (None if method == "rtn" and mixture is None else SELF)
     if calibration is not None:
         _check_calibration(options, config)
@@ -99,15 +114,7 @@ def resolve(options: Options, config: ModelConfig) -> Recipe:
         _check_shared_inputs(schemes, config)
     settled = options.model_copy(update={"exports": exports, "calibration": calibration})
     device = find_device("auto", options.device)
-    return Recipe(
-        settled,
-        main,
-        schemes,
-        outer_schemes(options.scheme, config) if gguf else {},
-        calibration,
-        device,
-        mixture,
-    )
+    return Recipe(settled, main, schemes, outer, calibration, device, mixture)
 
 
 def check_combination(method: str, scheme: Scheme, format: str, desc_act: bool) -> None:

@@ -1,14 +1,16 @@
 """Which scheme each weight matrix gets: the one that was asked for, a mix of GGUF's, an override, or none."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from llmopt.errors import InputError
 from llmopt.model.config import ModelConfig
 from llmopt.model.decoder import linear_names
 from llmopt.model.source import EMBEDDING, HEAD
 from llmopt.quant.options import KEEP, Options, Override
+from llmopt.weights.formats import FORMATS
 from llmopt.weights.formats.gguf_mixes import MIXES, tensor_type
+from llmopt.weights.numbers import INT
 from llmopt.weights.scheme import SCHEMES, Scheme, nearest
 
 
@@ -56,6 +58,35 @@ def outer_schemes(mix: str, config: ModelConfig) -> dict[str, Scheme]:
         return {f"{name}.weight": scheme for name, scheme in _mixed(mix, _outer(shape), config).items()}
     fits = shape[1] % SCHEMES["q8_0"].row_multiple == 0
     return dict.fromkeys((EMBEDDING, HEAD), SCHEMES["q8_0" if fits else "f16"])
+
+
+def head_scheme(options: Options, formats: Sequence[str], config: ModelConfig) -> dict[str, Scheme]:
+    """The scheme that `--head` gives the output layer of folders, by its parameter's name, its group size settled;
+    nothing where it is not given. Raises InputError for a format without a place for one, and for a scheme that is not
+    of integers for weights alone, or that a format does not hold."""
+    name = options.head
+    if name is None:
+        return {}
+    for format in formats:
+        if format not in FORMATS:
+            raise InputError("--head is for folders: in a GGUF file its types decide, such as --scheme q4_k_m or q8_0")
+        if not FORMATS[format].quantizes_head:
+            homes = " or ".join(other.name for other in FORMATS.values() if other.quantizes_head)
+            raise InputError(f"{format} keeps the head in 16 bits: give --head with --format {homes}")
+    known = [scheme for scheme in SCHEMES if all(_suits_head(SCHEMES[scheme], format) for format in formats)]
+    if name not in known:
+        what = f"{name!r} is no scheme of a head in" if name in SCHEMES else f"unknown scheme {name!r} of a head in"
+        where = " and ".join(dict.fromkeys(formats))
+        raise InputError(f"{what} {where}{nearest(name, known)}; there are {', '.join(known)}")
+    scheme = SCHEMES[name]
+    if options.group_size is not None:
+        scheme = scheme.with_group_size(options.group_size)
+    return {HEAD: scheme.for_widths({config.hidden_size})}
+
+
+def _suits_head(scheme: Scheme, format: str) -> bool:
+    only_weights = scheme.number == INT and not scheme.is_dense and scheme.activations is None
+    return only_weights and scheme.name in FORMATS[format].schemes
 
 
 def _outer(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

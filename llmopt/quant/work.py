@@ -248,7 +248,7 @@ def fingerprint(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     The model counts by its whole content, not by its path, so that it may move meanwhile.
     """
     options = {key: value for key, value in recipe.to_dict().items() if key != "model"}
-    schemes = "\n".join(f"{name} {scheme}" for name, scheme in sorted(recipe.schemes.items()))
+    schemes = "\n".join(f"{name} {scheme}" for name, scheme in sorted(recipe.modules.items()))
     kept = options | {
         "device": recipe.device,
         "the version of llmopt": llmopt.__version__,

@@ -15,10 +15,11 @@ import torch
 from environments import PEERS, llama_tool
 
 from llmopt.errors import LlmoptError
-from llmopt.model.source import EMBEDDING, HEAD, FolderSource, as_dense, open_source
+from llmopt.model.source import GGUFSource, ModelSource, as_dense, open_source
 from llmopt.model.tokenizer_files import write_tokenizer
 from llmopt.quant.export import parameter_order
 from llmopt.weights.artifact import ArtifactFile, ArtifactFolder
+from llmopt.weights.quantized import QuantizedTensor
 from llmopt.weights.shards import ShardWriter
 
 WORK = PEERS.parent / "bench-peers"
@@ -28,6 +29,10 @@ _SHOWN = 2000  # characters of what a failed command said last
 _OURS = {
     "llmopt-q4_0": ("llmopt-q4_0.gguf", ("--scheme", "q4_0")),
     "llmopt-gptq": ("llmopt-gptq", ("--scheme", "w4a16", "--group-size", "64", "--format", "gptq")),
+    "llmopt-gptq-head8": (
+        "llmopt-gptq-head8",
+        ("--scheme", "w4a16", "--group-size", "64", "--format", "gptq", "--head", "w8a16"),
+    ),
     "llmopt-w8a8": ("llmopt-w8a8", ("--scheme", "w8a8")),
 }
 
@@ -93,13 +98,17 @@ def describe(artifact: Path) -> dict[str, Any]:
     """Where it is, the bytes of its weights, and the type that the matrix of the output layer is stored in: in a small
     model that is a third of what a step reads."""
     source = open_source(str(artifact))
-    name = EMBEDDING if source.config.tie_word_embeddings else HEAD
-    if isinstance(source, FolderSource):
-        head = str(source.checkpoint.dtype(name)).removeprefix("torch.")
-    else:
-        head = source.file.tensors["token_embd.weight" if name == EMBEDDING else "output.weight"].type
     return {
         "artifact": str(artifact),
         "weight_bytes": sum(file.stat().st_size for file in source.files()),
-        "head": head,
+        "head": _head_type(source),
     }
+
+
+def _head_type(source: ModelSource) -> str:
+    if isinstance(source, GGUFSource):
+        return source.file.tensors["token_embd.weight" if source.config.tie_word_embeddings else "output.weight"].type
+    head = source.head
+    if isinstance(head, QuantizedTensor):
+        return f"{head.number}{head.bits}, groups of {head.group_size}"
+    return str(head.dtype).removeprefix("torch.")

@@ -41,7 +41,7 @@ SERVERS = ("llama-server-Q4_0", "vllm-serve-bf16")
 SMALL_ROWS = [
     Row(SMALL, case, ours, ANY_WIDTH, "any width")
     for case in (Case(1, 128, 128), Case(16, 128, 128), Case(32, 128, 128), PREFILL)
-    for ours in ("llmopt-q4_0", "llmopt-gptq")
+    for ours in ("llmopt-q4_0", "llmopt-gptq", "llmopt-gptq-head8")
 ] + [
     Row(SMALL, PREFILL, "llmopt-w8a8", ("llama.cpp-Q8_0",), "8 bits"),
     Row(SMALL, PREFILL, "llmopt-w8a8", ANY_WIDTH, "any width"),
@@ -49,7 +49,7 @@ SMALL_ROWS = [
 HTTP_ROWS = [
     row
     for case in HTTP
-    for kind in ("q4_0", "gptq")
+    for kind in ("q4_0", "gptq", "gptq-head8")
     for row in (
         Row(SMALL, case, f"llmopt-serve-{kind}", SERVERS, "any width"),
         Row(

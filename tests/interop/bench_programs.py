@@ -44,7 +44,8 @@ def open_engine(engine: str, file: Path) -> Engine:
 
 def file_name(engine: str) -> str:
     """What is run, as FAMILY-KIND: several programs of a family run the same."""
-    return f"{_program(engine).family}-{engine.rpartition('-')[2]}"
+    program, kind = _split(engine)
+    return f"{PROGRAMS[program].family}-{kind}"
 
 
 def prepare(engine: str) -> None:
@@ -55,10 +56,16 @@ def prepare(engine: str) -> None:
 
 def make_file(engine: str) -> Path:
     """What the engine runs of the built-in model, made if it is missing."""
-    name, kind = file_name(engine), engine.rpartition("-")[2]
+    name, kind = file_name(engine), _split(engine)[1]
     makers = {OURS: lambda: our_artifact(name), LLAMA_CPP: lambda: llama_cpp_gguf(kind), VLLM: bfloat16_folder}
     return makers[_program(engine).family]()
 
 
 def _program(engine: str) -> Program:
-    return PROGRAMS[engine.rpartition("-")[0]]
+    return PROGRAMS[_split(engine)[0]]
+
+
+def _split(engine: str) -> tuple[str, str]:
+    """Program and kind. Of the programs that an engine's name begins with, the longest: llmopt-serve, not llmopt."""
+    program = max((name for name in PROGRAMS if engine.startswith(f"{name}-")), key=len)
+    return program, engine.removeprefix(f"{program}-")

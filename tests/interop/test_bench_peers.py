@@ -134,22 +134,24 @@ def test_the_table_has_a_line_for_each_row_and_engine():
 
 def test_only_chooses_by_parts_of_names_and_measures_nothing_twice():
     everything = chosen(SMALL_ROWS + LARGE_ROWS, [])
-    assert len(everything) == len(set(everything)) == 4 * 6 + 1 + 3 * 2
+    assert len(everything) == len(set(everything)) == 4 * 7 + 1 + 3 * 2
     assert [name_of(each) for each in chosen(SMALL_ROWS, ["decode-1/vllm"])] == ["SmolLM2-135M/decode-1/vllm-bf16"]
     assert {case.name for _, case, _ in chosen(SMALL_ROWS, ["w8a8"])} == {"prefill-512"}
 
 
 def test_only_http_chooses_servers_and_what_they_are_compared_with():
     wanted = chosen(SMALL_ROWS + HTTP_ROWS, ["http"])
-    kinds = ("llmopt-serve-q4_0", "llmopt-serve-gptq", "llmopt-in-process-q4_0", "llmopt-in-process-gptq")
+    programs = ("llmopt-serve", "llmopt-in-process")
+    kinds = [f"{program}-{kind}" for program in programs for kind in ("q4_0", "gptq", "gptq-head8")]
     assert {engine for _, _, engine in wanted} == {*kinds, "llama-server-Q4_0", "vllm-serve-bf16"}
     assert {case.name for _, case, _ in wanted} == {"http-16/vllm-bench-serve", "http-16/llmopt-bench"}
-    assert len(wanted) == len(set(wanted)) == 2 * 6
+    assert len(wanted) == len(set(wanted)) == 2 * 8
     assert not any("http" in name_of(each) for each in chosen(SMALL_ROWS, []))
 
 
 def test_a_server_runs_the_file_that_is_given_for_its_family(tmp_path):
     assert file_name("llama-server-Q4_0") == "llama.cpp-Q4_0"
+    assert file_name("llmopt-serve-gptq-head8") == file_name("llmopt-gptq-head8") == "llmopt-gptq-head8"
     engines = ("llmopt-serve-gptq", "llmopt-in-process-gptq", "llmopt-gptq")
     wanted = [("m", HTTP, engine) for engine in engines]
     assert make_artifacts(wanted, {"llmopt-gptq": tmp_path}, None) == {("m", engine): tmp_path for engine in engines}

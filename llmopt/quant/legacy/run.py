@@ -80,8 +80,10 @@ def check_quantizer(recipe: Recipe, config: ModelConfig) -> None:
     formats = [export.format for export in recipe.options.exports]
     if (recipe.options.method, formats) != (package.method, [package.method]):
         raise InputError(f"{name} is --method {package.method} and writes one artifact of --format {package.method}")
-    if set(recipe.schemes) != set(linear_names(config)) or set(recipe.schemes.values()) != {recipe.main}:
-        raise InputError(f"{name} quantizes all linear layers by one scheme, without --ignore or overrides: {native}")
+    if set(recipe.modules) != set(linear_names(config)) or set(recipe.schemes.values()) != {recipe.main}:
+        raise InputError(
+            f"{name} quantizes all linear layers by one scheme, without --head, --ignore or overrides: {native}"
+        )
     if config.architecture not in package.families:
         raise InputError(f"{name} does not know {config.architecture}, only {', '.join(package.families)}: {native}")
     if recipe.main.group_size == PER_CHANNEL and not package.whole_rows:

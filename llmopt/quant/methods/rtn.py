@@ -4,14 +4,15 @@ Where there is data all the same, each group's range is the one of the least err
 input carries, as llama.cpp's importance matrix does. GGUF's types are always searched, as llama.cpp does too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from llmopt.model.source import as_dense
 from llmopt.quant.fit import fit_grid
 from llmopt.quant.grid import Grid, grouped
 from llmopt.quant.methods.base import InputStatistics, LayerResult, Method, ModuleReport, relative_error, stacks
-from llmopt.weights.quantized import QuantizedTensor
+from llmopt.weights.quantized import QuantizedTensor, Weight, row_parts
 from llmopt.weights.scheme import Scheme
 
 SEARCH_STEPS = 20
@@ -46,3 +47,11 @@ def round_to_nearest(
         steps = SEARCH_STEPS if importance is not None or scheme.gguf_type else 1
         grid = fit_grid(groups, scheme, None if importance is None else importance.reshape(groups.shape[1:]), steps)
     return grid.quantized(grid.numbers(groups).flatten(1))
+
+
+def round_in_parts(weight: Weight, scheme: Scheme) -> Iterator[tuple[Tensor, QuantizedTensor]]:
+    """Some rows of a weight [out, in] in float32 and their nearest codes, one run of rows after the other, so that a
+    matrix as large as an embedding is never in float32 as a whole."""
+    for rows in row_parts(weight):
+        part = as_dense(weight[rows] if isinstance(weight, Tensor) else weight.select_rows(rows))
+        yield part, round_to_nearest(part, scheme)

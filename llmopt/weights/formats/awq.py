@@ -55,6 +55,7 @@ class AWQ(Format):
 
     name: ClassVar[str] = "awq"
     schemes: ClassVar[tuple[str, ...]] = ("w4a16-asym",)
+    quantizes_head: ClassVar[bool] = False
 
     group_size: int
     ignore: tuple[str, ...] = ("lm_head",)

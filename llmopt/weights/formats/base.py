@@ -28,6 +28,8 @@ class Format(ABC):
     name: ClassVar[str]
     schemes: ClassVar[tuple[str, ...]]
     """The schemes that can be written, by their names on the command line."""
+    quantizes_head: ClassVar[bool] = True
+    """Whether runtimes that read the format look for a quantized head."""
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:

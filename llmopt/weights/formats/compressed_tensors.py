@@ -106,19 +106,19 @@ class CompressedTensors(Format):
         """Several schemes are told apart by full names alone.
 
         vLLM runs query, key and value, and gate and up, as one layer each. It finds the full names of such a layer's
-        parts, but would see `Linear`, in another group, before them.
+        parts, but would see `Linear`, in another group, before them. The head is no part of one, and is always named:
+        to vLLM and SGLang its class is no linear layer.
         """
         quantized, ignore = cls.split(schemes)
         if desc_act:
             raise InputError("compressed-tensors stores no group index, so --desc-act cannot be written to it")
-        layouts = dict.fromkeys(_layout_for(scheme) for scheme in quantized.values())
-        if len(layouts) == 1:
-            return cls(tuple(ModuleGroup(layout) for layout in layouts), ignore)
-        groups = [
-            ModuleGroup(layout, tuple(module for module, scheme in quantized.items() if _layout_for(scheme) == layout))
-            for layout in layouts
-        ]
-        return cls(tuple(groups), ignore)
+        targets: dict[Layout, tuple[str, ...]] = {}
+        for module, scheme in quantized.items():
+            layout = _layout_for(scheme)
+            targets[layout] = (*targets.get(layout, ()), module)
+        if len({_layout_for(scheme) for module, scheme in quantized.items() if module != HEAD}) == 1:
+            targets = {layout: _every_linear(modules) for layout, modules in targets.items()}
+        return cls(tuple(ModuleGroup(layout, modules) for layout, modules in targets.items()), ignore)
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
@@ -174,6 +174,11 @@ class CompressedTensors(Format):
         if found is None:
             raise InputError(f"quantization_config of {self.name}: {module} is quantized, but no group targets it")
         return found.layout
+
+
+def _every_linear(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets of a group that holds these modules, and all linear layers if it holds any."""
+    return tuple(dict.fromkeys(module if module == HEAD else EVERY_LINEAR for module in modules))
 
 
 def _layout_for(scheme: Scheme) -> Layout:

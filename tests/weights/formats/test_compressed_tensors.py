@@ -12,6 +12,7 @@ from llmopt.engine.scoring import Scorer
 from llmopt.errors import InputError, LlmoptError
 from llmopt.weights.checkpoint import SafetensorsCheckpoint
 from llmopt.weights.formats import find_format
+from llmopt.weights.formats.base import HEAD
 from llmopt.weights.formats.compressed_layouts import LAYOUTS, Floats, Integers, PackedIntegers
 from llmopt.weights.formats.compressed_tensors import CompressedTensors, ModuleGroup
 from llmopt.weights.numbers import FP4, FP8, INT, codes_of, rounded
@@ -279,6 +280,37 @@ def test_several_schemes_are_told_apart_by_names() -> None:
     }
     assert find_format(config) == written
     assert written.layout("d").group_size == 64
+
+
+@pytest.mark.parametrize(
+    ("others", "head", "targets"),
+    [
+        (["w4a16", "w4a16"], "w8a16", [["Linear"], ["lm_head"]]),
+        (["w8a16", "w8a16"], "w8a16", [["Linear", "lm_head"]]),
+        (["w4a16", "w8a16"], "w8a16", [["0"], ["1", "lm_head"]]),
+        (["fp8", "f16"], "w4a16", [["Linear"], ["lm_head"]]),
+        (["f16", "f16"], "w8a16", [["lm_head"]]),
+    ],
+)
+def test_a_quantized_head_is_named_and_the_peer_finds_it(others: list[str], head: str, targets: list) -> None:
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    schemes = {str(number): settled(name) for number, name in enumerate(others)} | {HEAD: settled(head)}
+    written = CompressedTensors.for_schemes(schemes)
+    config = written.config()
+    assert [group["targets"] for group in config["config_groups"].values()] == targets
+    assert config["ignore"] == [module for module, scheme in schemes.items() if scheme.is_dense]
+    assert find_format(config) == written
+    original = random_weight(schemes[HEAD], 64, 64)
+    tensors = written.encode(HEAD, original)
+    assert written.holds(HEAD, tensors)
+    assert torch.equal(written.decode(HEAD, tensors.__getitem__).dequantize(), original.dequantize())
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in schemes})
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    for name, module in model.items():
+        found = getattr(module, "quantization_scheme", None)
+        assert (found is None) == schemes[name].is_dense
+        assert found is None or found.weights.num_bits == schemes[name].bits
 
 
 def test_the_peer_gives_each_module_of_a_mixture_the_same_settings() -> None:

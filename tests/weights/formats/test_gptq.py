@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llmopt.errors import InputError, LlmoptError
 from llmopt.weights.formats import FORMATS, find_format
+from llmopt.weights.formats.base import HEAD
 from llmopt.weights.formats.gptq import GPTQ, V1, V2
 from llmopt.weights.scheme import find_scheme
 
@@ -163,6 +164,22 @@ def test_modules_may_differ(weight, same) -> None:
         same(read.decode(module, tensors.__getitem__), original)
         with pytest.raises(LlmoptError, match="settings say"):
             written.encode(module, weight(32, 64, its.group_size, 2, its.symmetric))
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w4a16-asym", "w4a16"])
+def test_the_head_has_a_rule_where_it_differs(weight, same, name: str) -> None:
+    its = scheme(name)
+    written = GPTQ.for_schemes({"layers.0.q_proj": scheme("w4a16"), "layers.0.down_proj": scheme("w4a16"), HEAD: its})
+    config = written.config()
+    rule = {"bits": its.bits, "group_size": 32, "sym": its.symmetric}
+    assert config["lm_head"] is True
+    assert config.get("dynamic") == (None if name == "w4a16" else {r"+:^lm_head$": rule})
+    read = find_format(config)
+    assert read == written
+    original = weight(64, 64, 32, its.bits, its.symmetric)
+    tensors = read.encode(HEAD, original)
+    assert read.holds(HEAD, tensors)
+    same(read.decode(HEAD, tensors.__getitem__), original)
 
 
 def test_vllm_finds_the_same_settings_by_the_names_of_its_fused_layers() -> None:
