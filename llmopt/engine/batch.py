@@ -41,7 +41,8 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> B
     sequence = np.arange(len(chunks)).repeat(counts)
     positions = np.arange(starts[-1]) + (firsts - starts[:-1])[sequence]
     slots = tables[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    rows, last_rows = [], []
+    rows: list[Row] = []
+    last_rows: list[int] = []
     for chunk, end in zip(chunks, starts[1:].tolist(), strict=True):
         if chunk.closes_gap:
             rows += [Row(chunk.request, chunk.request.drafts[:count]) for count in range(chunk.drafted + 1)]
