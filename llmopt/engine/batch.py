@@ -28,7 +28,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
     """The batch of a step; a request's blocks must already hold its chunk."""
     tokens, slots, positions, last_rows = (array("q") for _ in range(4))
     query_starts, context_lens, block_tables = array("i", [0]), array("i"), array("i")
-    rows = []
+    rows: list[Row] = []
     width = max(len(chunk.request.blocks) for chunk in chunks)
     for chunk in chunks:
         request, blocks, end = chunk.request, chunk.request.blocks, chunk.start + chunk.count

@@ -28,6 +28,7 @@ LLMOPT = (sys.executable, "-m", "llmopt.cli.main")
 _SHOWN = 2000  # characters of what a failed command said last
 _OURS = {
     "llmopt-q4_0": ("llmopt-q4_0.gguf", ("--scheme", "q4_0")),
+    "llmopt-q4_1": ("llmopt-q4_1.gguf", ("--scheme", "q4_1")),
     "llmopt-gptq": ("llmopt-gptq", ("--scheme", "w4a16", "--group-size", "64", "--format", "gptq")),
     "llmopt-gptq-head8": (
         "llmopt-gptq-head8",
