@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help setup demo test lint format format-check types layers check bench-kernels peers interop bench-peers bench-speculation soak soak-resume clean
+.PHONY: help setup demo test lint format format-check types layers check bench-kernels sanitize quality-cpu peers interop bench-peers bench-speculation soak soak-resume clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,13 @@ check: lint format-check types layers  ## All four checks
 
 bench-kernels: $(READY)  ## Measure the CPU kernels against the machine's limits
 	$(BIN)/python -m llmopt.kernels.bench
+
+sanitize: $(READY)  ## Test the CPU kernels under address and undefined-behaviour sanitizers; builds them for minutes
+	$(BIN)/python tests/sanitize.py $(ARGS)
+
+quality-cpu: $(READY)  ## Measure how far the CPU kernels are from the reference in every format; about 20 minutes
+	QUALITY_WINDOWS=$${QUALITY_WINDOWS:-4} QUALITY_CTX=$${QUALITY_CTX:-1024} \
+		$(BIN)/python -m pytest -q -s -m "slow or not slow" tests/e2e/test_cpu_quality.py
 
 peers: $(READY)  ## Make the environments of the programs that we compare with and exchange files with
 	$(BIN)/python tests/interop/environments.py

@@ -257,26 +257,26 @@ inline void store_codes(Ints codes, int64_t count, uint32_t* to, int64_t stride)
   }
 }
 
-// A step of one row: codes absmax / 127, halves to even. A step that holds a NaN becomes NaN as a whole:
-// its scale tells.
+// A step of one row: codes absmax / 127, halves to even. A step that holds a NaN or an infinity spoils what it meets by
+// its scale; its codes mean nothing, and neither would their sum, which might not fit either.
 inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t stride, float* scale, int32_t* sum) {
-  Ints total{};
+  Words total{};
   const int64_t whole = count / kLanes * kLanes;
   const float largest = largest_magnitude(x, count);
   const bool nothing = largest < 1e-30F;  // its inverse might be infinite, and what it scales is as good as zero
   const float inverse = nothing ? 0.0F : 127.0F / largest;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    const Ints code = reinterpret_cast<Ints>(load<Floats>(x + i) * inverse + kRounder) - 0x4B400000;
+    const Words code = reinterpret_cast<Words>(load<Floats>(x + i) * inverse + kRounder) - 0x4B400000;
     total += code;
-    store_codes(code, kLanes, codes + i / 4 * stride, stride);
+    store_codes(reinterpret_cast<Ints>(code), kLanes, codes + i / 4 * stride, stride);
   }
   if (whole < count) {
-    const Ints code = reinterpret_cast<Ints>(load_some(x + whole, count - whole) * inverse + kRounder) - 0x4B400000;
+    const Words code = reinterpret_cast<Words>(load_some(x + whole, count - whole) * inverse + kRounder) - 0x4B400000;
     total += code;
-    store_codes(code, count - whole, codes + whole / 4 * stride, stride);
+    store_codes(reinterpret_cast<Ints>(code), count - whole, codes + whole / 4 * stride, stride);
   }
   *scale = nothing ? 1.0F : largest / 127.0F;
-  *sum = -8 * sum_of(total);
+  *sum = largest <= __FLT_MAX__ ? -8 * static_cast<int32_t>(sum_of(total)) : 0;
 }
 
 void round_block(const RoundingInput& input, const Rounded& to, int64_t block, float* scratch) {

@@ -12,7 +12,7 @@ from llmopt.engine.request import Request
 from llmopt.engine.runner import Runner
 from llmopt.engine.scheduler import Chunk
 from llmopt.errors import InputError
-from llmopt.model.source import open_source
+from llmopt.model.source import ModelSource, open_source
 
 CHUNK = 512  # tokens whose logits are in memory at once
 
@@ -20,9 +20,10 @@ CHUNK = 512  # tokens whose logits are in memory at once
 class Scorer:
     """Computes what a model thinks of every token of a text, one text at a time."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, source: ModelSource | None = None) -> None:
+        """`source` is the model where it is open already; else `config.model` is opened."""
         self.config = replace(config, max_num_seqs=1)
-        self.source = open_source(config.model)
+        self.source = open_source(config.model) if source is None else source
         self.tokenizer = self.source.tokenizer
         self.runner = Runner(self.source, self.config)
 
