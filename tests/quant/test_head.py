@@ -109,6 +109,7 @@ def test_the_serving_engine_runs_it_by_its_kernels(kind: str, tiny_model, tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llm = LLM(str(tmp_path / "out"), backend="cpu", max_num_seqs=2)
+        assert llm.engine.runner.fused is not None
         text = llm.generate("the cat", SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(text[0].outputs[0].token_ids) == 4
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
@@ -256,9 +257,9 @@ def test_what_cannot_be_is_refused(door, given: dict, says: str, tiny_model, tmp
 
 
 def test_one_gguf_among_several_exports_is_refused(tiny_model, tmp_path: Path) -> None:
-    exports = [{"output": str(tmp_path / "a"), "format": "gptq"}, {"output": str(tmp_path / "a.gguf")}]
-    given = {"model": str(tiny_model("llama")[0]), "exports": exports, "method": "rtn", "scheme": "w4a16"}
-    with pytest.raises(InputError, match="GGUF"):
+    exports = [{"output": str(tmp_path / "a"), "format": "compressed-tensors"}, {"output": str(tmp_path / "a.gguf")}]
+    given = {"model": str(tiny_model("llama")[0]), "exports": exports, "method": "rtn", "scheme": "mxfp4"}
+    with pytest.raises(InputError, match="in a GGUF file its types decide"):
         run(make_options({**given, "head": "w8a16"}))
 
 
@@ -268,6 +269,7 @@ def test_the_original_packages_leave_the_head(tiny_model, tmp_path: Path, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     source = open_source(str(tiny_model("llama")[0]))
     asked = {"method": "gptq", "scheme": "w4a16", "group_size": 32, "format": "gptq", "quantizer": "auto-gptq"}
+    asked |= {"calibration": "builtin", "seq_len": 64}
     check_quantizer(resolve(options(source.path, tmp_path / "out", **asked), source.config), source.config)
     recipe = resolve(options(source.path, tmp_path / "out", **asked, head="w8a16"), source.config)
     with pytest.raises(InputError, match="without --head"):

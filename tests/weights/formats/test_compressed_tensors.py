@@ -295,7 +295,8 @@ def test_several_schemes_are_told_apart_by_names() -> None:
 def test_a_quantized_head_is_named_and_the_peer_finds_it(others: list[str], head: str, targets: list) -> None:
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    schemes = {str(number): settled(name) for number, name in enumerate(others)} | {HEAD: settled(head)}
+    schemes = {str(number): SCHEMES["f16"] if name == "f16" else settled(name) for number, name in enumerate(others)}
+    schemes[HEAD] = settled(head)
     written = CompressedTensors.for_schemes(schemes)
     config = written.config()
     assert [group["targets"] for group in config["config_groups"].values()] == targets
