@@ -272,5 +272,5 @@ def test_the_original_packages_leave_the_head(tiny_model, tmp_path: Path, monkey
     asked |= {"calibration": "builtin", "seq_len": 64}
     check_quantizer(resolve(options(source.path, tmp_path / "out", **asked), source.config), source.config)
     recipe = resolve(options(source.path, tmp_path / "out", **asked, head="w8a16"), source.config)
-    with pytest.raises(InputError, match="without --head"):
+    with pytest.raises(InputError, match="overrides or --head"):
         check_quantizer(recipe, source.config)

@@ -82,7 +82,7 @@ def check_quantizer(recipe: Recipe, config: ModelConfig) -> None:
         raise InputError(f"{name} is --method {package.method} and writes one artifact of --format {package.method}")
     if set(recipe.modules) != set(linear_names(config)) or set(recipe.schemes.values()) != {recipe.main}:
         raise InputError(
-            f"{name} quantizes all linear layers by one scheme, without --head, --ignore or overrides: {native}"
+            f"{name} quantizes all linear layers by one scheme, without --ignore, overrides or --head: {native}"
         )
     if config.architecture not in package.families:
         raise InputError(f"{name} does not know {config.architecture}, only {', '.join(package.families)}: {native}")
