@@ -158,8 +158,9 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def embedding(self, table: Tensor) -> Tensor:
-        """Place an embedding table, float [vocabulary, hidden], on the device in the backend's dtype."""
+    def embedding(self, table: Weight) -> Tensor:
+        """Place an embedding table [vocabulary, hidden] on the device, in the floating-point dtype that the backend
+        looks tokens up in."""
 
     @abstractmethod
     def kv_cache(self, kind: str, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVCache:

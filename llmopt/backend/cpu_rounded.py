@@ -10,7 +10,7 @@ from llmopt.backend.cpu import CpuBackend, packing_order, uneven_groups, why_not
 from llmopt.backend.cpu_decoder import CpuDecoder
 from llmopt.backend.reference import ReferenceBackend
 from llmopt.kernels._cpu import DenseWeight, IntegerWeight, Multiplier
-from llmopt.weights.numbers import FP4, FP8
+from llmopt.weights.numbers import FP4, FP8, all_finite
 from llmopt.weights.quantized import QuantizedTensor, Scales, TwoLevel, Weight
 
 LARGEST_HALF = 65504.0
@@ -70,9 +70,12 @@ class RoundedCpuBackend(CpuBackend):
         parts = [pack_part(self.multiplier, w, b, step) for w, b in zip(weights, biases, strict=True)]
         return RoundedLinear(self.multiplier, parts)
 
-    def embedding(self, table: Tensor) -> Tensor:
+    def embedding(self, table: Weight) -> Tensor:
         """In 16 bits: rounding it costs less than any product does."""
-        return table.contiguous() if table.dtype == torch.bfloat16 else in_16_bits(table)
+        if isinstance(table, Tensor):
+            return in_16_bits(table.float())
+        halves = table.dequantize(torch.float16)  # never all of it in float32, which may be more than fits
+        return halves if all_finite(halves) else table.dequantize(torch.bfloat16)
 
     def fuse(self, parts: DecoderParts, blocks: int, block_size: int, cache_dtype: str) -> FusedDecoder | None:
         reason = CpuDecoder.why_not(parts, block_size, cache_dtype)

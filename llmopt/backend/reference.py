@@ -83,8 +83,9 @@ class ReferenceBackend(Backend):
         parts = [torch.zeros(w.shape[0]) if b is None else b.float() for w, b in zip(weights, biases, strict=True)]
         return torch.cat(parts).to(self.device, self.dtype)
 
-    def embedding(self, table: Tensor) -> Tensor:
-        return table.to(self.device, self.dtype)
+    def embedding(self, table: Weight) -> Tensor:
+        dense = table.dequantize(self.dtype) if isinstance(table, QuantizedTensor) else table
+        return dense.to(self.device, self.dtype)
 
     def kv_cache(self, kind: str, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVCache:
         return KVCache.allocate(kind, blocks, block_size, kv_heads, head_dim, self.device)

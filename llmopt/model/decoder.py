@@ -180,7 +180,7 @@ class Decoder:
             progress("loading layers", index, config.num_layers)
             self.layers.append(DecoderLayer(config, index, source.layer(index), backend))
         embedding = source.embedding
-        self.embedding = backend.embedding(as_dense(embedding))
+        self.embedding = backend.embedding(embedding)
         self.norm = place_norm(source.final_norm, config, backend)
         if config.tie_word_embeddings:  # one copy serves both, unless a kernel reads it quantized
             head = self.embedding if isinstance(embedding, Tensor) else embedding

@@ -208,6 +208,26 @@ def test_what_is_not_finite_is_not_hidden(name, bad, kind):
     assert result[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize(("largest", "dtype"), [(1.0, torch.float16), (1e5, torch.bfloat16)])
+@pytest.mark.parametrize("kind", ["minimums", "two levels"])
+def test_an_embedding_is_held_in_16_bits(kind, largest, dtype):
+    """In float16 where that holds it, whether it comes in codes or in floating point."""
+    table = random_weight(kind, 20, 4, 32, 4, seed=3)
+    factor = largest / float(table.dequantize().abs().max())
+    scales = (
+        TwoLevel(table.scales.values, table.scales.factors.float() * factor)
+        if kind == "two levels"
+        else table.scales * factor
+    )
+    table = replace(table, scales=scales, minimums=None if table.minimums is None else table.minimums * factor)
+    backend = BACKENDS[INSTRUCTION_SETS[0], 1]
+    dense = table.dequantize()
+    for one in (table, dense, dense.bfloat16()):
+        held = backend.embedding(one)
+        assert torch.equal(held, (dense if one is table else one).to(dtype))
+        assert held.dtype == dtype
+
+
 def fp4(**how) -> QuantizedTensor:
     return replace(random_weight("mxfp4", 8, 2, 16, 4, seed=1), **how)
 
