@@ -29,6 +29,9 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = ("mlp.down_proj",)
 LINEAR_GROUPS = {"qkv": QKV, "output": OUTPUT, "gate_up": GATE_UP, "down": DOWN}
 """The linear layers of a decoder layer with one MLP, grouped by the input they share."""
+FINE = ("qkv", "down")
+"""Groups of linear layers whose inputs a backend that rounds activations rounds more finely: softmax multiplies what is
+wrong with scores, and what gate and up make has the sharpest peaks."""
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.down_proj\.weight")
 
 
@@ -77,8 +80,7 @@ class DecoderLayer:
         self.index = index
         self.backend = backend
         self.linears = {
-            # softmax multiplies what is wrong with scores
-            group: self._pack(weights, members, fine=group == "qkv")
+            group: self._pack(weights, members, fine=group.rpartition(".")[2] in FINE)
             for group, members in linear_groups(weights).items()
         }
         self.input_norm = self._norm(weights, "input_layernorm")

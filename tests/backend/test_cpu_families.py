@@ -32,7 +32,7 @@ def logits(folder, tokens: list[int], dtype: str) -> tuple[Runner, torch.Tensor]
     request.blocks = list(range(-(-len(tokens) // BLOCK)))[::-1]
     found = []
     for start, count in ((0, 10), (10, 20), *((i, 1) for i in range(30, len(tokens)))):
-        batch = build_batch([Chunk(request, start, count)], BLOCK, torch.device("cpu"))
+        batch = build_batch([Chunk(request, start, count)], BLOCK)
         found.append(runner.logits(runner.hidden(batch)))
     return runner, torch.cat(found)
 

@@ -146,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _check_streams(self, decoding: list[Request], chunks: list[Chunk]) -> None:
         """Every stream goes on unless it was preempted, and prompts take no more beside streams than they may."""
         going = [request for request in decoding if request in self.scheduler.running]
-        computed = {chunk.request.id: chunk.count for chunk in chunks}
+        computed = {chunk.request.id: chunk.count - chunk.drafted for chunk in chunks}
         assert all(computed.get(request.id) == 1 for request in going)
         pace = self.scheduler.pace
         if going and pace is not None:
