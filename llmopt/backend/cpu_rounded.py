@@ -17,8 +17,8 @@ LARGEST_HALF = 65504.0
 STEP = 64
 """The most inputs that share a scale where activations are rounded: more would cost accuracy and save nothing."""
 FINE_STEP = 32
-"""The same for products that are to be fine (`Backend.pack`): their inputs were more than half of what rounding costs in
-quality, and half of that goes by halving their steps."""
+"""The same for products that are to be fine (`Backend.pack`): their inputs were more than half of what rounding costs,
+and half of that goes by halving their steps."""
 
 
 class RoundedLinear(Linear):
