@@ -8,14 +8,13 @@ Memory that torch allocates has guards as well, so that a kernel that reads beyo
 import argparse
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "sanitize"
-SITE, REPORTS = FOLDER / "site", FOLDER / "reports"
+SITE = FOLDER / "site"
 MODULE = "llmopt.kernels._cpu"
 TESTS = ["tests/backend", "tests/quant/test_codes.py"]
 INSIDE = "LLMOPT_SANITIZED"  # set in the process that runs the tests
@@ -24,6 +23,7 @@ INSIDE = "LLMOPT_SANITIZED"  # set in the process that runs the tests
 def build() -> None:
     """Build into build/sanitize, with functions' names for the reports."""
     settings = [f"build-dir={FOLDER / 'build'}", "cmake.define.LLMOPT_SANITIZE=ON", "install.strip=false"]
+    settings.append("cmake.build-type=RelWithDebInfo")  # nanobind strips a Release
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--upgrade", "--target", str(SITE), *(f"--config-settings={setting}" for setting in settings), "."]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -43,13 +43,12 @@ def environment() -> dict[str, str]:
     # The sanitizer's memory must come before all other's; it looks for the functions that throw exceptions when it
     # starts, before Python has loaded the library that has them.
     preload = [library("libasan.so"), library("libstdc++.so.6")]
-    log = f"log_path={REPORTS / 'report'}"
     return os.environ | {
         INSIDE: "1",
         "LD_PRELOAD": ":".join(preload),
         # Python itself frees little before it ends, so that leaks cannot be told from what is still held.
-        "ASAN_OPTIONS": f"{log}:detect_leaks=0:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=1",
-        "UBSAN_OPTIONS": f"{log}:print_stacktrace=1:halt_on_error=1:abort_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
         "PYTHONMALLOC": "malloc",  # numpy's and Python's own pools would have no guards
     }
 
@@ -68,27 +67,22 @@ def run_tests(arguments: list[str]) -> int:
     spec.loader.exec_module(module)
     sys.modules[MODULE] = llmopt.kernels._cpu = module
     print("instruction sets:", ", ".join(module.instruction_sets()), flush=True)
-    return pytest.main(["-q", "-p", "no:cacheprovider", *(arguments or TESTS)])
+    # Not captured: pytest would take with it what a process writes that is about to die.
+    return pytest.main(["-q", "-s", "-p", "no:cacheprovider", *(arguments or TESTS)])
 
 
 def main() -> int:
     if INSIDE in os.environ:
         return run_tests(sys.argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Whatever else is given goes to pytest.")
     parser.add_argument("--no-build", action="store_true", help="use what was built before")
-    parser.add_argument("tests", nargs="*", help=f"what pytest is given; {' '.join(TESTS)} where nothing is")
-    arguments = parser.parse_args()
+    arguments, of_pytest = parser.parse_known_args()
     if not arguments.no_build:
         build()
-    shutil.rmtree(REPORTS, ignore_errors=True)
-    REPORTS.mkdir(parents=True)
-    command = [sys.executable, __file__, *arguments.tests]
-    status = subprocess.run(command, cwd=ROOT, env=environment()).returncode
-    reports = sorted(REPORTS.iterdir())
-    for report in reports:  # pytest swallows what a process writes that dies, and a forked child's report is its own
-        print(report.read_text(errors="replace"), file=sys.stderr)
-    print(f"pytest ended with {status}; reports of sanitizers: {len(reports)}")
-    return 1 if status or reports else 0
+    status = subprocess.run([sys.executable, __file__, *of_pytest], cwd=ROOT, env=environment()).returncode
+    if status < 0:
+        print(f"the tests were ended by signal {-status}: the sanitizer's report is above", file=sys.stderr)
+    return 1 if status else 0
 
 
 if __name__ == "__main__":
