@@ -14,7 +14,7 @@ LONG = 512
 """The longest prompt that is not held back. It makes a single step longer, and would itself have to wait for many."""
 LEAST = 32
 """Tokens that a step takes in however few streams there are: with fewer, the products of matrices are inefficient."""
-PER_STREAM = 2.5
+PER_STREAM = 2.0
 """Tokens for each stream. A stream's token costs about as much as two of a prompt's, whose logits nobody needs; so this
 makes a step about twice as long, and leaves the rest of a factor of three to chance."""
 ATTENTION_SPEED = 0.25
