@@ -67,8 +67,9 @@ def run_tests(arguments: list[str]) -> int:
     spec.loader.exec_module(module)
     sys.modules[MODULE] = llmopt.kernels._cpu = module
     print("instruction sets:", ", ".join(module.instruction_sets()), flush=True)
+    chosen = any(Path(argument.split("::")[0]).exists() for argument in arguments)
     # Not captured: pytest would take with it what a process writes that is about to die.
-    return pytest.main(["-q", "-s", "-p", "no:cacheprovider", *(arguments or TESTS)])
+    return pytest.main(["-q", "-s", "-p", "no:cacheprovider", *([] if chosen else TESTS), *arguments])
 
 
 def main() -> int:
