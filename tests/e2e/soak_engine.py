@@ -2,7 +2,7 @@
 for them; each that ended and whose choices are repeatable must say what it says alone, nothing may be left
 behind, and memory must not grow. Run by `make soak`; exit status 1 where one of these does not hold.
 
-Settings of the engine to run it with, such as speculation: --engine '{"kv_cache_dtype": "int8"}'.
+Settings of the engine to run it with: --engine '{"speculative_config": {"method": "ngram"}}'.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from llmopt import quiet_barriers
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.speculation.config import SpeculativeConfig
 
 LONGEST = 384
 CROWD = 24  # requests that are in the engine at once, about
@@ -98,12 +99,20 @@ def says_the_same_alone(engine: Engine, ask: Ask) -> bool:
     return (again.tokens, again.text) == (ask.tokens, ask.text)
 
 
+def settings(text: str) -> dict[str, Any]:
+    """Settings of EngineConfig from JSON."""
+    given: dict[str, Any] = json.loads(text)
+    if "speculative_config" in given:
+        given["speculative_config"] = SpeculativeConfig.of(given["speculative_config"])
+    return given
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--engine", type=json.loads, default={}, help="settings of EngineConfig, as JSON")
+    parser.add_argument("--engine", type=settings, default={}, help="settings of EngineConfig, as JSON")
     arguments = parser.parse_args()
     seed = random.randrange(1 << 32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}")
