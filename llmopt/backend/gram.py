@@ -15,7 +15,8 @@ GramSum = Callable[[Tensor, Tensor], None]
 def add_gram(gram: Tensor, x: Tensor) -> None:
     """Add xᵀ x, of float32 x [rows, width], to the symmetric float32 [width, width].
 
-    The blocks on and above the diagonal are computed, those below are their mirror images.
+    The blocks on and above the diagonal are computed; what is below it is their mirror image, within a block too, since
+    libraries may round the two halves of a product differently.
     """
     width = x.shape[1]
     if x.device != gram.device:
@@ -25,6 +26,8 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
         stop = min(start + BLOCK, width)
         gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         gram[stop:, start:stop] = gram[start:stop, stop:].T
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
 
 
 def fast_gram(device: str, products: torch.dtype) -> GramSum:
