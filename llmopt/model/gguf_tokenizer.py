@@ -103,11 +103,15 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], where: str) -> T
     if pre not in PRE_TOKENIZERS:
         raise InputError(f"{where} splits words as {pre!r}, which is not known; known: {', '.join(PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    whole = next((merge for merge in merges if len(merge) != 2), None)
+    if whole is not None:
+        raise InputError(f"{where} holds a merge of tokens that is not two of them: {whole[0]!r:.60}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
     except Exception as error:  # noqa: BLE001 - tokenizers raises a bare Exception for merges outside the vocabulary
-        raise InputError(f"{where} holds a tokenizer that does not fit together: {error}") from None
+        reason = " ".join(str(error).split())  # it may have several lines
+        raise InputError(f"{where} holds a tokenizer that does not fit together: {reason}") from None
     encoder = Tokenizer(model)
     if pre in _COMPOSED:
         encoder.normalizer = normalizers.NFC()

@@ -97,6 +97,7 @@ def test_a_byte_level_encoder_survives_the_way_through_a_header(pre: str) -> Non
         ({"tokenizer.ggml.model": "rwkv"}, "rwkv.*gpt2, llama"),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
         ({"tokenizer.ggml.merges": ["x y"]}, "does not fit together"),
+        ({"tokenizer.ggml.merges": ["t h", "the"]}, "a merge of tokens that is not two of them: 'the'"),
         ({"tokenizer.ggml.model": "llama"}, "score"),
         ({"tokenizer.ggml.bos_token_id": 2}, "here.gguf names 2 as its bos token, but its tokens are 0 to 1"),
         ({"tokenizer.ggml.bos_token_id": -1}, "names -1 as its bos token"),

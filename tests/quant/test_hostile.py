@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -242,6 +242,7 @@ flips = st.lists(
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=flips)
+@example(flips=[(6000, 0)])
 def test_flipped_bytes_end_well_or_in_one_line(models, tmp_path: Path, kind: str, file: str, flips: list) -> None:
     place = tmp_path / "fuzzed"
     shutil.rmtree(place, ignore_errors=True)
