@@ -72,10 +72,9 @@ class RoundedCpuBackend(CpuBackend):
 
     def embedding(self, table: Weight) -> Tensor:
         """In 16 bits: rounding it costs less than any product does."""
-        if isinstance(table, Tensor):
-            return in_16_bits(table.float())
-        halves = table.dequantize(torch.float16)  # never all of it in float32, which may be more than fits
-        return halves if all_finite(halves) else table.dequantize(torch.bfloat16)
+        to = table.to if isinstance(table, Tensor) else table.dequantize
+        halves = to(torch.float16)  # never all of it in float32, which may be more than fits
+        return (halves if all_finite(halves) else to(torch.bfloat16)).contiguous()
 
     def fuse(self, parts: DecoderParts, blocks: int, block_size: int, cache_dtype: str) -> FusedDecoder | None:
         reason = CpuDecoder.why_not(parts, block_size, cache_dtype)
