@@ -48,7 +48,7 @@ bench-kernels: $(READY)  ## Measure the CPU kernels against the machine's limits
 sanitize: $(READY)  ## Test the CPU kernels under address and undefined-behaviour sanitizers; builds them for minutes
 	$(BIN)/python tests/sanitize.py $(ARGS)
 
-quality-cpu: $(READY)  ## Measure how far the CPU kernels are from the reference in every format; about 20 minutes
+quality-cpu: $(READY)  ## Measure how far the CPU kernels are from the reference in every format
 	QUALITY_WINDOWS=$${QUALITY_WINDOWS:-4} QUALITY_CTX=$${QUALITY_CTX:-1024} \
 		$(BIN)/python -m pytest -q -s -m "slow or not slow" tests/e2e/test_cpu_quality.py
 
@@ -64,7 +64,7 @@ bench-peers: $(READY)  ## Measure llmopt against llama.cpp and vLLM; about 40 mi
 bench-speculation: $(READY)  ## Measure what drafted tokens gain on SmolLM2; about 3 minutes. ARGS="--help" tells more
 	$(BIN)/python tests/interop/bench_speculation.py $(ARGS)
 
-soak: $(READY)  ## Thousands of random requests through a small cache, each compared with itself alone; about 10 minutes
+soak: $(READY)  ## Thousands of random requests through a small cache, each compared with itself alone
 	$(BIN)/python tests/e2e/soak_engine.py $(ARGS)
 
 soak-resume: $(READY)  ## Kill a quantization of SmolLM2 ten times, resume it, compare; about 10 minutes

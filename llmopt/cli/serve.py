@@ -49,7 +49,7 @@ def serve(
         typer.Option(
             help="Tokens of prompts in a step that also decodes, at most, so that none stalls running streams; 0 for "
             "no limit of its own. By default, on a CPU, prompts of over 512 tokens are spread over steps so that each "
-            "stays under three times as long."
+            "stays about two and a half times as long."
         ),
     ] = None,
     batching: Annotated[

@@ -45,8 +45,8 @@ class EngineConfig:
         max_num_batched_tokens: the token budget of a step.
         chunked_prefill_size: tokens of prompts that a step takes in, at most, while streams decode in it; 0 for no
             limit but max_num_batched_tokens. None is 0 on a GPU, where a step of this size waits for memory anyway. On
-            a CPU, where every token makes a step longer, it is a pace for long prompts alone, under which a step stays
-            under three times as long (`prefill_pace.py`).
+            a CPU, where every token makes a step longer, it is a pace for long prompts alone, under which a step takes
+            about two and a half times as long (`prefill_pace.py`).
         batching: continuous lets requests in at every step. static takes those that wait, at most max_num_seqs, and
             nobody else before all of them have ended; dynamic also waits for more of them first.
         batching_window: milliseconds that dynamic waits, at most, for a batch to fill; None for BATCHING_WINDOW.
