@@ -74,6 +74,15 @@ class HostBatch:
         )
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of the products of queries and keys; see `Backend.attend`."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
 class Linear(ABC):
     """A packed weight. Calling it multiplies: [T, in] to [T, out], in the dtype of its input.
 
@@ -195,15 +204,7 @@ class Backend(ABC):
         """Put keys and values [T, kv_heads, head_dim] into the slots of the batch."""
 
     @abstractmethod
-    def attend(
-        self,
-        queries: Tensor,
-        cache: KVCache,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None = None,
-    ) -> Tensor:
+    def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scores: Scores) -> Tensor:
         """Causal attention of queries [T, heads, head_dim] over the cache; returns the same shape.
 
         Query heads share key heads in equal runs (grouped queries). With a window of w, a token sees itself and

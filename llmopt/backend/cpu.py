@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmopt.backend.base import Linear, PagedBatch
+from llmopt.backend.base import Linear, PagedBatch, Scores
 from llmopt.backend.kv_cache import KVCache
-from llmopt.backend.reference import ReferenceBackend, Scores
+from llmopt.backend.reference import ReferenceBackend
 from llmopt.backend.sampling import SamplingBatch
 from llmopt.errors import InputError
 from llmopt.kernels._cpu import Multiplier, PackedWeight, instruction_sets

@@ -1,14 +1,13 @@
 """Every operation in plain torch, on any torch device: the truth that other backends are tested against."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt.backend import reference_sampling
-from llmopt.backend.base import Backend, Linear, PagedBatch
+from llmopt.backend.base import Backend, Linear, PagedBatch, Scores
 from llmopt.backend.kv_cache import KVCache
 from llmopt.backend.sampling import SamplingBatch
 from llmopt.errors import InputError
@@ -39,15 +38,6 @@ class ReferenceLinear(Linear):
             return F.linear(x, self.weight, self.bias)
         product = F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
         return product if self.bias is None else product.add_(self.bias)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What becomes of the products of queries and keys; see `Backend.attend`."""
-
-    scale: float
-    window: int | None = None
-    soft_cap: float | None = None
 
 
 class ReferenceBackend(Backend):
@@ -110,16 +100,7 @@ class ReferenceBackend(Backend):
     def write_kv(self, cache: KVCache, keys: Tensor, values: Tensor, batch: PagedBatch) -> None:
         cache.write(batch.slots, keys, values)
 
-    def attend(
-        self,
-        queries: Tensor,
-        cache: KVCache,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None = None,
-    ) -> Tensor:
-        scores = Scores(scale, window, soft_cap)
+    def attend(self, queries: Tensor, cache: KVCache, batch: PagedBatch, scores: Scores) -> Tensor:
         starts = batch.query_starts
         single = [s for s in range(len(starts) - 1) if starts[s + 1] - starts[s] == 1]
         if len(single) == len(starts) - 1:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmopt.backend.base import Backend, DecoderParts, FusedDecoder, LayerParts, Linear, PagedBatch
+from llmopt.backend.base import Backend, DecoderParts, FusedDecoder, LayerParts, Linear, PagedBatch, Scores
 from llmopt.backend.kv_cache import KVCache
 from llmopt.model import rope
 from llmopt.model.config import ROUTER, ModelConfig
@@ -248,6 +248,5 @@ class PagedAttention:
         cache = self.caches[layer]
         self.backend.write_kv(cache, keys, values, self.batch)
         config = self.config
-        return self.backend.attend(
-            queries, cache, self.batch, config.softmax_scale, config.windows[layer], config.attention_soft_cap
-        )
+        scores = Scores(config.softmax_scale, config.windows[layer], config.attention_soft_cap)
+        return self.backend.attend(queries, cache, self.batch, scores)

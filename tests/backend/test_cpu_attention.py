@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmopt.backend.base import PagedBatch
+from llmopt.backend.base import PagedBatch, Scores
 from llmopt.backend.kv_cache import KVCache
 from llmopt.backend.reference import ReferenceBackend
 
@@ -54,36 +54,36 @@ def random_step(
 )
 def test_the_same_as_the_reference(contexts, kv_heads, shared, head_dim, block_size, window, seed) -> None:
     step = random_step(contexts, [1] * len(contexts), kv_heads, shared, head_dim, block_size, seed)
-    expected = REFERENCE.attend(*step, 0.3, window)
+    expected = REFERENCE.attend(*step, Scores(0.3, window))
     for backend in BACKENDS:
-        torch.testing.assert_close(backend.attend(*step, 0.3, window), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(backend.attend(*step, Scores(0.3, window)), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_decoding_beside_a_prompt() -> None:
     """Sequences with one query are taken out of a mixed step and put back in their places."""
     step = random_step([9, 20, 5, 31], [1, 6, 1, 31], 2, 3, 32, 4, seed=1)
-    expected = REFERENCE.attend(*step, 0.2, None)
+    expected = REFERENCE.attend(*step, Scores(0.2))
     for backend in BACKENDS:
-        torch.testing.assert_close(backend.attend(*step, 0.2, None), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(backend.attend(*step, Scores(0.2)), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_to_the_bit_the_same_alone_and_in_a_batch(backend) -> None:
     contexts = [33, 1, 70, 16, 17]
     queries, cache, batch = random_step(contexts, [1] * 5, 3, 3, 64, 16, seed=2)
-    together = backend.attend(queries, cache, batch, 0.125, None)
+    together = backend.attend(queries, cache, batch, Scores(0.125))
     for row, context in enumerate(contexts):
         table = batch.block_tables[row : row + 1, : -(-context // 16)].contiguous()
         one = PagedBatch([0, 1], batch.context_lens[row : row + 1], table, batch.slots, batch.positions)
-        assert torch.equal(backend.attend(queries[row : row + 1], cache, one, 0.125, None)[0], together[row])
+        assert torch.equal(backend.attend(queries[row : row + 1], cache, one, Scores(0.125))[0], together[row])
 
 
 def test_extreme_scores() -> None:
     queries, cache, batch = random_step([40], [1], 1, 1, 16, 16, seed=3)
-    expected = REFERENCE.attend(queries * 1e4, cache, batch, 1.0, None)
+    expected = REFERENCE.attend(queries * 1e4, cache, batch, Scores(1.0))
     assert expected.isfinite().all()
     for backend in BACKENDS:
-        torch.testing.assert_close(backend.attend(queries * 1e4, cache, batch, 1.0, None), expected)
+        torch.testing.assert_close(backend.attend(queries * 1e4, cache, batch, Scores(1.0)), expected)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(24, torch.float32), (32, torch.bfloat16)])
@@ -93,6 +93,6 @@ def test_what_the_kernel_cannot_do_goes_to_the_reference_with_one_warning(head_d
     backend = cpu.CpuBackend(1)
     with caplog.at_level(logging.WARNING, logger="llmopt.backend.cpu"):
         for _ in range(2):
-            found = backend.attend(queries, cache, batch, 0.2, None)
-    torch.testing.assert_close(found, REFERENCE.attend(queries, cache, batch, 0.2, None), atol=1e-5, rtol=1e-5)
+            found = backend.attend(queries, cache, batch, Scores(0.2))
+    torch.testing.assert_close(found, REFERENCE.attend(queries, cache, batch, Scores(0.2)), atol=1e-5, rtol=1e-5)
     assert len(caplog.records) == 1 and "attention" in caplog.records[0].getMessage()
