@@ -42,6 +42,17 @@ inline Ints dot_unsigned(Ints sum, Words w, uint32_t x) {
   }
 }
 
+struct PairSums {
+  static constexpr bool kUseful = true;
+  __m256i sums;
+  void add(Words w, uint32_t x) {
+    sums = _mm256_add_epi16(
+        sums, _mm256_maddubs_epi16(reinterpret_cast<__m256i>(w), _mm256_set1_epi32(static_cast<int>(x))));
+    asm("" : "+x"(sums));  // the compiler would reorder the additions and run out of registers
+  }
+  Ints total() const { return reinterpret_cast<Ints>(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))); }
+};
+
 // Widened to 16 bits, because the instruction that multiplies bytes saturates its sums.
 inline Ints dot(Ints sum, uint32_t x, Words w) {
   const __m256i words = reinterpret_cast<__m256i>(w), four = _mm256_set1_epi32(static_cast<int>(x));

@@ -64,6 +64,10 @@ inline Ints dot_unsigned(Ints sum, Words w, uint32_t x) {
                                                     _mm512_set1_epi32(static_cast<int>(x))));
 }
 
+struct PairSums {
+  static constexpr bool kUseful = false;  // four products are added up in 32 bits at once
+};
+
 constexpr int kActivationOffset = 128;  // vpdpbusd takes one operand unsigned
 
 inline Ints dot(Ints sum, uint32_t x, Words w) {
@@ -90,6 +94,17 @@ inline Ints dot_unsigned(Ints sum, Words w, uint32_t x) {
     return sum + reinterpret_cast<Ints>(odd) + reinterpret_cast<Ints>(even);
   }
 }
+
+struct PairSums {
+  static constexpr bool kUseful = true;
+  __m512i sums;
+  void add(Words w, uint32_t x) {
+    sums = _mm512_add_epi16(
+        sums, _mm512_maddubs_epi16(reinterpret_cast<__m512i>(w), _mm512_set1_epi32(static_cast<int>(x))));
+    asm("" : "+v"(sums));  // the compiler would reorder the additions and run out of registers
+  }
+  Ints total() const { return reinterpret_cast<Ints>(_mm512_madd_epi16(sums, _mm512_set1_epi16(1))); }
+};
 
 constexpr int kActivationOffset = 0;
 

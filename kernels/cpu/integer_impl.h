@@ -3,7 +3,9 @@
 //
 //   kBlockRows                rows whose sums stay in registers, for kTilesTogether tiles
 //   kTilesTogether            1 or 2
-//   dot_unsigned(sum, w, x)   sum + four unsigned codes of w times four signed ones of x (one word), lane by lane;
+//   dot_unsigned(sum, w, x)   sum + four unsigned codes of w times four signed ones of x (one word), lane by lane
+//   PairSums                  kUseful: whether sums of pairs of products are faster in 16 bits, as long as they fit; then
+//                             add(w, x) adds as dot_unsigned does, and total() is the sum in 32 bits
 //   half_to_float(from)       kLanes float16 at an address
 //   look_up_bytes(table, w)   the entries of a table of 16 bytes that the bytes of w, all below 16, name
 //
@@ -32,7 +34,7 @@ struct Unpacked;
 
 template <>
 struct Unpacked<Stored::k4Bits> {
-  static constexpr int kWords = 1, kVectors = 2, kMiddle = 8;
+  static constexpr int kWords = 1, kVectors = 2, kMiddle = 8, kLargest = 15;
   static int32_t middle(int32_t eightfold) { return eightfold; }
   static Words part(const uint32_t* from, int v) { return (load<Words>(from) >> (4 * v)) & 0x0F0F0F0FU; }
 };
@@ -40,7 +42,7 @@ struct Unpacked<Stored::k4Bits> {
 // Twice the number, plus the middle.
 template <>
 struct Unpacked<Stored::kFp4> {
-  static constexpr int kWords = 1, kVectors = 2, kMiddle = 12;
+  static constexpr int kWords = 1, kVectors = 2, kMiddle = 12, kLargest = 24;
   static int32_t middle(int32_t eightfold) { return eightfold + eightfold / 2; }
   static Words part(const uint32_t* from, int v) {
     static constexpr uint8_t kDoubled[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -50,7 +52,7 @@ struct Unpacked<Stored::kFp4> {
 
 template <>
 struct Unpacked<Stored::k6Bits> {
-  static constexpr int kWords = 3, kVectors = 4, kMiddle = 32;
+  static constexpr int kWords = 3, kVectors = 4, kMiddle = 32, kLargest = 63;
   static int32_t middle(int32_t eightfold) { return eightfold * 4; }
   static Words part(const uint32_t* from, int v) {
     const Words low = (load<Words>(from + v / 2 * kTile) >> (4 * (v % 2))) & 0x0F0F0F0FU,
@@ -61,7 +63,7 @@ struct Unpacked<Stored::k6Bits> {
 
 template <>
 struct Unpacked<Stored::k8Bits> {
-  static constexpr int kWords = 1, kVectors = 1, kMiddle = 128;
+  static constexpr int kWords = 1, kVectors = 1, kMiddle = 128, kLargest = 255;
   static int32_t middle(int32_t eightfold) { return eightfold * 16; }
   static Words part(const uint32_t* from, int) { return load<Words>(from); }
 };
@@ -77,6 +79,16 @@ inline Floats offset_at(const TileOf& own, int64_t group, int part, Floats scale
 constexpr int64_t kStreamedRows = 2;
 constexpr int64_t kAhead = 256;  // words: the memory's latency, at the speed at which one row reads it
 
+template <int kBits>
+inline void add_products(Ints& sum, Words bytes, uint32_t x) {
+  sum = dot_unsigned<kBits>(sum, bytes, x);
+}
+
+template <int kBits, class Pairs>
+inline void add_products(Pairs& sum, Words bytes, uint32_t x) {
+  sum.add(bytes, x);
+}
+
 // kTiles tiles, of one weight or of two of the same kind, times the first kRows rows of a block. Several tiles at once
 // halve what is loaded of x for each product.
 template <Stored kStored, int kTiles, int kRows>
@@ -84,6 +96,8 @@ struct TileProduct {
   using Unpack = Unpacked<kStored>;
   static constexpr int kVectors = kTiles * kParts;
   static constexpr bool kFew = kRows * kVectors <= 4;  // sums that would wait for each other
+  // So many vectors' sums of pairs fit 16 bits; whole words' or a part of one's.
+  static constexpr int kFit = PairSums::kUseful ? 32767 / (2 * 127 * Unpack::kLargest) / 2 * 2 : 0;
   typedef Ints Sums[kVectors][kRows];
 
   const IntegerView& weight;  // the first, for all that they have in common
@@ -91,10 +105,13 @@ struct TileProduct {
   const uint32_t* codes;
   int64_t stride;
 
-  // The next inputs, as many as words hold.
-  inline __attribute__((always_inline)) void take(Sums& sum) {
+  // Vectors first .. first + count - 1 of the inputs that words hold next, and on to those after them where these were
+  // the last.
+  template <class Sum>
+  inline __attribute__((always_inline)) void take(Sum (&sum)[kVectors][kRows], int first = 0,
+                                                  int count = Unpack::kVectors) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Unpack::kVectors; ++v) {
+    for (int v = first; v < first + count; ++v) {
 #pragma GCC unroll 4
       for (int column = 0; column < kVectors; ++column) {
         const uint32_t* from = words[column / kParts] + column % kParts * kLanes;
@@ -104,12 +121,33 @@ struct TileProduct {
         const Words bytes = Unpack::part(from, v);
 #pragma GCC unroll 16
         for (int row = 0; row < kRows; ++row) {
-          sum[column][row] = dot_unsigned<bits_of(kStored)>(sum[column][row], bytes, codes[v * stride + row]);
+          add_products<bits_of(kStored)>(sum[column][row], bytes, codes[v * stride + row]);
         }
       }
     }
+    if (first + count < Unpack::kVectors) return;
     for (int tile = 0; tile < kTiles; ++tile) words[tile] += Unpack::kWords * kTile;
     codes += Unpack::kVectors * stride;
+  }
+
+  // Adds up in 16 bits what fits them.
+  template <class Pairs>
+  inline __attribute__((always_inline)) void take_pairs(Sums& sum, int64_t parts) {
+    constexpr int kOnce = kFit < Unpack::kVectors ? kFit : Unpack::kVectors, kTakes = kFit / kOnce;
+    for (; parts > 0; parts -= kTakes) {
+#pragma GCC unroll 4
+      for (int first = 0; first < Unpack::kVectors; first += kOnce) {
+        Pairs pairs[kVectors][kRows] = {};
+        const int64_t takes = parts < kTakes ? parts : kTakes;
+#pragma GCC unroll 1
+        for (int64_t i = 0; i < takes; ++i) take(pairs, first, kOnce);
+#pragma GCC unroll 4
+        for (int column = 0; column < kVectors; ++column) {
+#pragma GCC unroll 16
+          for (int row = 0; row < kRows; ++row) sum[column][row] += pairs[column][row].total();
+        }
+      }
+    }
   }
 
   // One step's sums, from what the zero point of a symmetric weight takes away on.
@@ -120,6 +158,7 @@ struct TileProduct {
 #pragma GCC unroll 4
       for (int column = 0; column < kVectors; ++column) sum[column][row] = start;
     }
+    if constexpr (kFit > 0) return take_pairs<PairSums>(sum, parts);
     if constexpr (kFew) {  // whole numbers add up in any order
       Sums other = {};
       for (; parts >= 2; parts -= 2) {

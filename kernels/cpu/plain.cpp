@@ -37,6 +37,10 @@ inline Ints dot_unsigned(Ints sum, Words w, uint32_t x) {
   return sum;
 }
 
+struct PairSums {
+  static constexpr bool kUseful = false;
+};
+
 inline Ints dot(Ints sum, uint32_t x, Words w) {
   for (int j = 0; j < 4; ++j) {
     sum += (reinterpret_cast<Ints>(w << (24 - 8 * j)) >> 24) * static_cast<int8_t>(x >> (8 * j));

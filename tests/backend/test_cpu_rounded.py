@@ -106,6 +106,18 @@ def test_what_rounding_leaves_alone_is_multiplied_exactly(
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("bits", "number"), [(4, "int"), (6, "int"), (8, "int"), (4, "fp4")])
+def test_the_largest_sums_fit(name, bits, number, tokens, sign):
+    """All products of a step alike and as large as they can be: 16 bits that saturate or overflow would be found."""
+    top, zero = (7, None) if number == "fp4" else (2**bits - 1, torch.zeros(20, 2, dtype=torch.uint8))
+    codes = torch.full((20, 128), top, dtype=torch.uint8)
+    weight = QuantizedTensor(codes, torch.ones(20, 2), zero, None, bits, number=number)
+    check_exact(BACKENDS[name, 1], weight, torch.full((tokens, 128), sign * 127.0))
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("kind", ["zeros", "nvfp4"])
 def test_inputs_in_another_order(name, tokens, kind):
