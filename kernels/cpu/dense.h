@@ -17,13 +17,14 @@ struct DenseView {
   bool takes_pairs() const { return !halves; }
 };
 
-// Rows in blocks, narrow or wide as Rounded has them; pairs of bfloat16 where the weight takes them, else floats.
+// Rows in blocks, narrow or wide as Rounded has them; pairs of bfloat16 where the weight takes them and the processor
+// multiplies them, else floats.
 struct DenseRows {
   uint32_t* pairs;  // [blocks][in / 2][block_rows], wide [blocks][block_rows][in / 2]
-  float* values;    // [blocks][in][block_rows]
+  float* values;    // [blocks][in][block_rows], bfloat16 numbers where the weight takes pairs
   float* scales;    // [rows], of rows in e4m3; else null
   int64_t rows, in, block_rows;
-  bool wide;
+  bool wide, bfloat16;
   int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }
 };
 

@@ -1,6 +1,8 @@
 // Products of floating-point weights of 16 bits and of FP8, beyond what integer_impl.h asks for with dot_bfloat16() and
 // store_bfloat16() of bfloat16 numbers. Additions follow the order of the inputs, as there.
 
+#include <type_traits>
+
 #include "dense.h"
 
 namespace llmopt {
@@ -15,6 +17,17 @@ inline float round_to_fp8(const float* x, int64_t count, float* to) {
   return scale;
 }
 
+inline Floats widened(const uint16_t* bfloat16) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  return reinterpret_cast<Floats>(__builtin_convertvector(load<Halves>(bfloat16), Words) << 16);
+}
+
+inline Floats nearest_bfloat16(Floats value) {
+  uint16_t halves[kLanes];
+  store_bfloat16(halves, value);
+  return widened(halves);
+}
+
 void arrange_block(const RoundingInput& input, const DenseRows& to, int64_t block, float* scratch) {
   const int64_t rows = to.block_rows;
   for (int64_t r = 0; r < rows && block * rows + r < to.rows; ++r) {
@@ -25,7 +38,12 @@ void arrange_block(const RoundingInput& input, const DenseRows& to, int64_t bloc
       x = scratch;
     }
     if (to.values) {
-      for (int64_t i = 0; i < to.in; ++i) to.values[(block * to.in + i) * rows + r] = x[i];
+      float* values = to.values + block * to.in * rows + r;
+      for (int64_t i = 0; i < to.in; i += kLanes) {
+        Floats some = load_some(x + i, to.in - i);
+        if (to.bfloat16) some = nearest_bfloat16(some);
+        for (int64_t j = 0; j < kLanes && i + j < to.in; ++j) values[(i + j) * rows] = some[j];
+      }
       continue;
     }
     for (int64_t i = 0; i < to.in; i += kLanes) {
@@ -44,9 +62,7 @@ void widen(const uint16_t* from, bool bfloat16, int64_t count, float* to) {
     uint16_t some[kLanes] = {};
     const int64_t left = count - i < kLanes ? count - i : kLanes;
     std::memcpy(some, from + i, static_cast<size_t>(left) * sizeof(uint16_t));
-    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-    const Words high = __builtin_convertvector(load<Halves>(some), Words) << 16;
-    store(to + i, bfloat16 ? reinterpret_cast<Floats>(high) : half_to_float(some), left);
+    store(to + i, bfloat16 ? widened(some) : half_to_float(some), left);
   }
 }
 
@@ -67,6 +83,32 @@ inline void add_pairs(const Pair* from, const uint32_t* x, int64_t pairs, int64_
   }
 }
 
+// The same where the processor multiplies no pairs: x holds one number after the other. A number of x is loaded for all
+// parts at once, or registers would not do.
+template <int kRows, class Pair>
+inline void add_pairs(const Pair* from, const float* x, int64_t pairs, int64_t stride, Floats (&sum)[kRows][kParts]) {
+  const auto add = [&](const Floats(&values)[kParts], const float* numbers) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) sum[row][part] += values[part] * numbers[row];
+    }
+  };
+  for (int64_t i = 0; i < pairs; ++i, from += kTile, x += 2 * stride) {
+    Words both[kParts];
+    Floats values[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      both[part] = pairs_at(from + part * kLanes);
+      values[part] = reinterpret_cast<Floats>(both[part] << 16);
+    }
+    add(values, x);
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) values[part] = reinterpret_cast<Floats>(both[part] & 0xffff0000);
+    add(values, x + stride);
+  }
+}
+
 void expand_fp8_tile(const DenseView& weight, int64_t tile, uint32_t* pairs) {
   const int64_t count = weight.in / 2 * kTile;
   const uint16_t* from = weight.fp8_pairs + tile * count;
@@ -82,7 +124,13 @@ void dense_tile(const DenseView& weight, int64_t tile, const DenseRows& x, int64
   Floats sum[kRows][kParts] = {};
   if (weight.takes_pairs()) {
     const int64_t pairs = weight.in / 2;
-    const uint32_t* rows = x.pairs + block * pairs * x.block_rows;
+    using Number = std::conditional_t<kNativeBfloat16, uint32_t, float>;
+    const Number* rows;
+    if constexpr (kNativeBfloat16) {
+      rows = x.pairs + block * pairs * x.block_rows;
+    } else {
+      rows = x.values + block * weight.in * x.block_rows;
+    }
     weight.pairs ? add_pairs(weight.pairs + tile * pairs * kTile, rows, pairs, x.block_rows, sum)
                  : add_pairs(weight.fp8_pairs + tile * pairs * kTile, rows, pairs, x.block_rows, sum);
   } else {

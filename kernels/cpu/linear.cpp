@@ -51,11 +51,12 @@ void Activations::fill(ThreadPool& pool, const Kernels& kernels, const Part& par
     return;
   }
   const DenseView& weight = part.dense->view();
-  const bool pairs = weight.takes_pairs(), wide = pairs && kernels.dense.begin_wide;
+  const bool bfloat16 = weight.takes_pairs(), pairs = bfloat16 && kernels.dense.native_bfloat16;
+  const bool wide = pairs && kernels.dense.begin_wide;
   block_rows_ = rows_of_block(kernels.integer, rows, wide);
   const int64_t in = part.in(), held = blocks() * block_rows_;
   dense_ = {pairs ? grown(pairs_, held * in / 2) : nullptr, pairs ? nullptr : grown(values_, held * in),
-            weight.rows_in_fp8 ? grown(scales_, rows) : nullptr, rows, in, block_rows_, wide};
+            weight.rows_in_fp8 ? grown(scales_, rows) : nullptr, rows, in, block_rows_, wide, bfloat16};
   pool.run(blocks(), [&](int64_t block) {
     thread_local Buffer<float> scratch;
     kernels.dense.arrange_block(input, dense_, block, grown(scratch, in));
