@@ -135,7 +135,7 @@ class Engine:
             return []
         self.watch("schedule")
         if self.speculator is not None:
-            self.speculator.draft(chunks)
+            chunks = self.speculator.draft(chunks)
             self.watch("draft")
         batch = build_batch(chunks, self.config.block_size)
         self.watch("build batch")

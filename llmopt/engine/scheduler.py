@@ -22,7 +22,7 @@ What is promised to requests, as long as each of them ends some time:
 """
 
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmopt.engine.admission import Admission, Continuous
 from llmopt.engine.block_keys import BlockKeys
@@ -54,6 +54,10 @@ class Chunk:
         if len(known) == self.count:
             return known
         return known + request.drafts[max(0, self.start - request.known) : end - request.known]
+
+    def with_drafts(self, count: int) -> "Chunk":
+        """With so many drafted tokens, no more than there was room for."""
+        return replace(self, count=self.count - self.drafted + count, drafted=count)
 
     @property
     def closes_gap(self) -> bool:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from llmopt.engine.request import Request
+from llmopt.engine.speculation.acceptance_rate import AcceptanceRate
+from llmopt.engine.speculation.confidence import Confidence
 from llmopt.engine.speculation.linear_cost import LinearCost
 
 _PROBING = 0.01
@@ -21,26 +23,6 @@ _MEMORY, _MEMORY_OF_ALL = 0.93, 0.98
 """How much a drafted token still counts after the next one: of the same request, and of any."""
 _FIRST_GUESS = 0.7
 """How likely a drafted token is taken to be accepted before there was any."""
-
-
-class AcceptanceRate:
-    """How likely a drafted token is accepted whose predecessors were; the latest count most."""
-
-    def __init__(self, memory: float, guess: float) -> None:
-        self._memory = memory
-        self._tried = 2.0  # so much a first guess counts
-        self._accepted = self._tried * guess
-
-    @property
-    def value(self) -> float:
-        return self._accepted / self._tried
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Take in that so many tokens were drafted after each other and so many accepted. What comes after one that was
-        rejected tells nothing."""
-        for place in range(min(drafted, accepted + 1)):
-            self._tried = self._memory * self._tried + 1
-            self._accepted = self._memory * self._accepted + (place < accepted)
 
 
 @dataclass(frozen=True)
@@ -67,11 +49,18 @@ class DraftLength:
     passes of the drafter. So lengths grow level by level, for all requests together and for each as long as its share
     is worth a row, and where the ratio is best they stay. Load needs no rule of its own: where many requests fill the
     rows that a step has almost for nothing, a row costs more, and lengths go to zero.
+
+    A drafter that says how likely it found each token is stopped by that instead (`goes_on`): where a first token pays,
+    as many may follow as there is room for, and a then is the acceptance rate of first tokens.
     """
 
-    def __init__(self, drafter_seconds: Callable[[int], float]) -> None:
-        """`drafter_seconds` tells what a pass of the drafter takes for a number of rows."""
+    def __init__(self, drafter_seconds: Callable[[int], float], *, by_confidence: bool = False) -> None:
+        """`drafter_seconds` tells what a pass of the drafter takes for a number of rows, `by_confidence` whether it
+        says how likely it finds what it drafts."""
         self.step = LinearCost()
+        self._by_confidence = by_confidence
+        self._confidence = Confidence()
+        self._row_seconds = self._token_seconds = 0.0  # of the step that is being prepared
         self._drafter_seconds = drafter_seconds
         self._of_all = AcceptanceRate(_MEMORY_OF_ALL, _FIRST_GUESS)
         self._rates: WeakKeyDictionary[Request, AcceptanceRate] = WeakKeyDictionary()
@@ -85,9 +74,9 @@ class DraftLength:
         lengths = [0] * len(candidates)
         if self._turn <= _FIRST_STEPS or self._turn % _PERIOD == 0:
             return lengths  # so that it is known what a step takes without drafts
-        for places in self._levels(candidates, decoding):
+        for level, places in enumerate(self._levels(candidates, decoding)):
             for place in places:
-                lengths[place] += 1
+                lengths[place] = candidates[place].most if self._by_confidence else level + 1
         self._probe(candidates, lengths, self._row(decoding))
         for candidate, length in zip(candidates, lengths, strict=True):
             if length:
@@ -98,8 +87,17 @@ class DraftLength:
         """The acceptance rate to expect of a request: what all have had together, until it has its own."""
         return self._rates.get(request, self._of_all).value
 
-    def observe(self, request: Request, drafted: int, accepted: int) -> None:
-        """Take in what became of a draft."""
+    def goes_on(self, request: Request, likelihoods: Sequence[float], together: int) -> bool:
+        """Whether another token is worth its pass and its row after some that the drafter found so likely; `together`
+        requests share the pass."""
+        gained = self._confidence(likelihoods) * self.rate(request) * self._token_seconds
+        return gained >= self._row_seconds + self._drafter_seconds(together) / together
+
+    def observe(self, request: Request, drafted: int, accepted: int, likelihoods: Sequence[float] = ()) -> None:
+        """Take in what became of a draft, and how likely its drafter had found its tokens if it has said so."""
+        self._confidence.observe(likelihoods, accepted)
+        if self._by_confidence:
+            drafted, accepted = min(drafted, 1), min(accepted, 1)
         if request not in self._rates:
             self._rates[request] = AcceptanceRate(_MEMORY, self._of_all.value)
         self._rates[request].observe(drafted, accepted)
@@ -129,6 +127,7 @@ class DraftLength:
             seconds += row * len(places) + (self._drafter_seconds(len(places)) if places else 0)
             if tokens * best_seconds > best * seconds:
                 best, best_seconds, depth = tokens, seconds, level
+        self._row_seconds, self._token_seconds = row, best_seconds / best
         return levels[:depth]
 
     def _repays(self, candidate: Candidate, seconds_a_token: float) -> bool:

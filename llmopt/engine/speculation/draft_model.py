@@ -3,8 +3,11 @@
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
+
+import numpy as np
+from torch import Tensor
 
 from llmopt.engine.batch import build_batch
 from llmopt.engine.request import Request
@@ -12,6 +15,7 @@ from llmopt.engine.row import Row
 from llmopt.engine.runner import Runner
 from llmopt.engine.sampler import Sampler
 from llmopt.engine.scheduler import Chunk
+from llmopt.engine.speculation.drafter import GoesOn
 from llmopt.engine.speculation.linear_cost import LinearCost
 from llmopt.errors import InputError
 from llmopt.model.source import ModelSource, open_source
@@ -28,11 +32,13 @@ class _Progress:
         computed: how many of its tokens have their keys and values in the draft's cache.
         named: how many of its blocks are noted as full.
         preemptions: of the request, when this was so; a later one has taken its blocks.
+        likelihoods: of the tokens that were drafted last, those that the draft found likeliest, at each place.
     """
 
     computed: int
     named: int
     preemptions: int
+    likelihoods: list[float] = field(default_factory=list)
 
 
 class DraftModel:
@@ -43,6 +49,8 @@ class DraftModel:
     prompt, nor where it does not pay. So this counts by itself what it has computed, and closes the gap, by the
     scheduler's rule, when it is asked.
     """
+
+    by_confidence = True
 
     def __init__(self, runner: Runner, block_size: int, budget: int) -> None:
         """`runner` has a cache of the target's blocks; `budget` tokens at most are computed in a pass."""
@@ -58,13 +66,22 @@ class DraftModel:
         longest = self.runner.plan.max_model_len
         return request.known - 1 - self._look_at(request).computed if request.known < longest else None
 
-    def draft(self, chunks: Sequence[Chunk]) -> None:
+    def draft(self, chunks: Sequence[Chunk], goes_on: GoesOn) -> None:
         for chunk in chunks:
             chunk.request.drafts = []
-        depth = 0
-        while going_on := [chunk.request for chunk in chunks if chunk.drafted > depth]:
-            self._draft_next(going_on)
-            depth += 1
+            self._progress[chunk.request].likelihoods = []
+        while chunks:
+            self._draft_next([chunk.request for chunk in chunks])
+            together = len(chunks)
+            chunks = [
+                chunk
+                for chunk in chunks
+                if len(chunk.request.drafts) < chunk.drafted
+                and goes_on(chunk.request, self.likelihoods(chunk.request), together)
+            ]
+
+    def likelihoods(self, request: Request) -> Sequence[float]:
+        return self._progress[request].likelihoods
 
     def seconds(self, rows: int) -> float:
         return self.cost(rows)
@@ -80,13 +97,16 @@ class DraftModel:
                 last_rows = array("q", [end - 1 for end in batch.host.query_starts[1 : len(closed) + 1]])
                 rows = [Row(chunk.request, tuple(chunk.request.drafts)) for chunk in closed]
                 batch = replace(batch, rows=rows, last_rows=last_rows)
-                tokens = self._sampler(self.runner.run(batch), rows).token_ids
+                logits = self.runner.run(batch)
+                likelihoods = _largest_probabilities(logits)
+                tokens = self._sampler(logits, rows).token_ids
             else:
                 self.runner.hidden(batch)
-                tokens = []
+                tokens, likelihoods = [], []
             self._retire(chunks)
-            for chunk, token in zip(closed, tokens, strict=True):
+            for chunk, token, likelihood in zip(closed, tokens, likelihoods, strict=True):
                 chunk.request.drafts.append(token)
+                self._progress[chunk.request].likelihoods.append(likelihood)
             rows_in_all = sum(chunk.count for chunk in chunks)
             if rows_in_all <= _MOST_ROWS * len(requests):
                 self.cost.observe(rows_in_all, time.perf_counter() - begun)
@@ -128,6 +148,15 @@ class DraftModel:
             progress.computed = max(progress.computed, end)
             progress.named = place + 1
         return progress
+
+
+def _largest_probabilities(logits: Tensor) -> list[float]:
+    """In each row of logits [rows, vocabulary], before temperature and penalties.
+
+    Without torch, whose threads would have to be woken for it: where another process takes a core they wait for each
+    other longer than the draft's pass takes.
+    """
+    return [float(1 / np.exp(row - row.max()).sum()) for row in logits.cpu().numpy()]
 
 
 def open_draft(model: str, target: ModelSource) -> ModelSource:

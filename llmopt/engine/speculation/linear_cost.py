@@ -18,7 +18,7 @@ class LinearCost:
     """
 
     def __init__(self) -> None:
-        self._passes = 0
+        self._passes = -1  # the first does not count: it finds its weights in no cache
         self._rows = self._seconds = self._variance = self._covariance = 0.0
 
     @property
@@ -42,6 +42,8 @@ class LinearCost:
             self._variance = _MEMORY * self._variance + off_rows * off_rows
             self._covariance = _MEMORY * self._covariance + off_rows * off_seconds
         self._passes += 1
+        if not self.known:
+            return
         share = max(_SHARE, 1 / self._passes)
         self._rows += share * (rows - self._rows)
         self._seconds += share * (seconds - self._seconds)

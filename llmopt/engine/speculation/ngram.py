@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 
 from llmopt.engine.request import Request
 from llmopt.engine.scheduler import Chunk
+from llmopt.engine.speculation.drafter import GoesOn
 
 
 class NgramDrafter:
@@ -14,6 +15,8 @@ class NgramDrafter:
 
     Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding); there the search takes the first place that fits.
     """
+
+    by_confidence = False
 
     def __init__(self, shortest: int, longest: int) -> None:
         self.shortest = shortest
@@ -27,7 +30,7 @@ class NgramDrafter:
         text.catch_up(request.tokens)
         return 0 if text.next_place is not None else None
 
-    def draft(self, chunks: Sequence[Chunk]) -> None:
+    def draft(self, chunks: Sequence[Chunk], goes_on: GoesOn) -> None:
         for chunk in chunks:
             request = chunk.request
             place = self._texts[request].next_place or 0
@@ -35,6 +38,9 @@ class NgramDrafter:
             while len(drafts) < chunk.drafted:
                 drafts.append(drafts[place + len(drafts) - request.known])
             request.drafts = drafts
+
+    def likelihoods(self, request: Request) -> Sequence[float]:
+        return ()
 
     def seconds(self, rows: int) -> float:
         return 0.0

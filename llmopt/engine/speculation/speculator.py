@@ -18,7 +18,7 @@ class Speculator:
         """`most` tokens at most are drafted for a request in a step."""
         self.drafter = drafter
         self.most = most
-        self.length = DraftLength(drafter.seconds)
+        self.length = DraftLength(drafter.seconds, by_confidence=drafter.by_confidence)
         self._drafts = self._drafted = 0
         self._accepted = [0] * most
         self._begun = 0.0
@@ -39,19 +39,21 @@ class Speculator:
             for candidate, length in zip(candidates, lengths, strict=True):
                 candidate.request.ahead = length
 
-    def draft(self, chunks: Sequence[Chunk]) -> None:
-        """Have the tokens drafted for which the scheduler has found room."""
+    def draft(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Have the tokens drafted for which the scheduler has found room; the chunks with as many as there are now."""
         due = [chunk for chunk in chunks if chunk.drafted]
         if due:
-            self.drafter.draft(due)
+            self.drafter.draft(due, self.length.goes_on)
+            chunks = [chunk.with_drafts(len(chunk.request.drafts)) if chunk.drafted else chunk for chunk in chunks]
         self._begun = time.perf_counter()
+        return chunks
 
     def verify(self, chunk: Chunk, chosen: Sequence[int]) -> Sequence[int]:
         """The next tokens of a chunk's request: see `accepted`."""
         tokens = accepted(chunk.request.drafts[: chunk.drafted], chosen)
         if chunk.drafted:
             count = len(tokens) - 1
-            self.length.observe(chunk.request, chunk.drafted, count)
+            self.length.observe(chunk.request, chunk.drafted, count, self.drafter.likelihoods(chunk.request))
             self._drafts += 1
             self._drafted += chunk.drafted
             for place in range(count):

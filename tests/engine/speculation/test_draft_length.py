@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from llmopt.engine.params import SamplingParams
 from llmopt.engine.request import Request
-from llmopt.engine.speculation.draft_length import AcceptanceRate, Candidate, DraftLength
+from llmopt.engine.speculation.acceptance_rate import AcceptanceRate
+from llmopt.engine.speculation.confidence import Confidence
+from llmopt.engine.speculation.draft_length import Candidate, DraftLength
 from llmopt.engine.speculation.linear_cost import LinearCost
 
 MOST = 8
@@ -70,6 +72,7 @@ def bound_by_both(rows: int) -> float:
 @given(st.floats(1e-4, 1e-2), st.floats(0, 1e-3), st.lists(st.integers(1, 50), min_size=2, max_size=40))
 def test_a_line_is_found(base, slope, rows) -> None:
     cost = LinearCost()
+    cost.observe(1, 1.0)  # the first finds nothing in the caches
     for count in rows:
         cost.observe(count, base + slope * count)
     if len(set(rows)) > 1:
@@ -89,6 +92,8 @@ def test_a_line_forgets_and_outliers_hardly_count() -> None:
 def test_nothing_is_known_before_a_step_and_more_rows_are_tried() -> None:
     cost = LinearCost()
     assert not cost.known and cost(4) == 0
+    cost.observe(1, 0.2)
+    assert not cost.known
     cost.observe(1, 0.01)
     assert cost(9) == pytest.approx(0.01)
 
@@ -159,3 +164,43 @@ def test_nobody_catches_up_for_a_few_tokens() -> None:
     (request,) = make_requests(1)
     assert machine.length.choose([Candidate(request, MOST, 10, lag=1000)], 1) == [0]
     assert machine.length.choose([Candidate(request, MOST, 1000, lag=1000)], 1)[0] > 0
+
+
+def test_confidence_is_what_became_of_tokens_that_were_found_so_likely() -> None:
+    confidence = Confidence()
+    for turn in range(400):
+        confidence.observe([0.95, 0.1, 0.999], turn % 2)  # of the second half the second was wrong
+    assert confidence([0.93]) == pytest.approx(0.5, abs=0.02)
+    assert confidence([0.15]) < 0.02
+    assert confidence([0.999]) == Confidence()([0.999])  # never came to it
+    assert confidence([0.93, 0.93]) == pytest.approx(0.25, abs=0.02)
+    assert confidence([]) == 1 and 0 < confidence([0.0]) < confidence([1.0])
+
+
+def speedup_of_a_drafter_with_doubts(by_confidence: bool) -> float:
+    """Of one whose tokens are sure in seven cases of ten and guesses in the others, and that knows which."""
+    step, drafter = bound_by_memory, lambda rows: 0.004 + 0.0001 * rows
+    length, source = DraftLength(drafter, by_confidence=by_confidence), random.Random(5)
+    (request,), tokens, seconds = make_requests(1), 0, 0.0
+    for turn in range(2000):
+        (most,) = length.choose([Candidate(request, MOST, 1000, 0)], 1)
+        likelihoods: list[float] = []
+        while len(likelihoods) < most and (
+            not by_confidence or not likelihoods or length.goes_on(request, likelihoods, 1)
+        ):
+            likelihoods.append(0.97 if source.random() < 0.7 else 0.3)
+        right = 0
+        while right < len(likelihoods) and source.random() < likelihoods[right]:
+            right += 1
+        taken = step(1 + len(likelihoods))
+        length.observe_step(1 + len(likelihoods), taken)
+        if likelihoods:
+            length.observe(request, len(likelihoods), right, likelihoods if by_confidence else ())
+        if turn >= 500:
+            tokens, seconds = tokens + 1 + right, seconds + taken + len(likelihoods) * drafter(1)
+    return tokens / seconds * step(1)
+
+
+def test_a_drafter_that_stops_where_it_doubts_gains_more() -> None:
+    stopping, blind = (speedup_of_a_drafter_with_doubts(each) for each in (True, False))
+    assert stopping > 1.05 * blind > 1.05

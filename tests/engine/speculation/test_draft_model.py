@@ -22,6 +22,7 @@ def make_engine(folder, draft=None, **options) -> Engine:
     engine = Engine(EngineConfig(model=str(folder), speculative_config=drafting, **{**defaults, **options}))
     if draft is not None:
         engine.speculator.length.choose = lambda candidates, decoding: [one.most for one in candidates]
+        engine.speculator.length.goes_on = lambda request, likelihoods, together: True
     return engine
 
 

@@ -34,7 +34,7 @@ def test_drafts_are_what_came_after_the_longest_run_the_last_time(prompt, steps)
         wanted = expected(request.tokens)
         assert drafter.lag(request) == (None if wanted is None else 0)
         if wanted is not None:
-            drafter.draft([Chunk(request, request.known - 1, 1 + WANTED, WANTED)])
+            drafter.draft([Chunk(request, request.known - 1, 1 + WANTED, WANTED)], lambda *_: True)
             assert request.drafts == wanted
 
 

@@ -15,6 +15,7 @@ from llmopt.engine.request import Request
 from llmopt.engine.scheduler import Chunk
 from llmopt.engine.speculation.config import SpeculativeConfig
 from llmopt.engine.speculation.draft_length import Candidate
+from llmopt.engine.speculation.drafter import GoesOn
 from llmopt.engine.speculation.speculator import Speculator
 
 VOCABULARY = 320
@@ -23,24 +24,32 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 class Oracle:
-    """Drafts what is going to come, as far as it has been told, but for some tokens that it gets wrong."""
+    """Drafts what is going to come, as far as it has been told, but for some tokens that it gets wrong; it may stop
+    before there are as many as were asked for."""
 
-    def __init__(self, texts: Sequence[list[int]], right: float) -> None:
-        self.texts, self.right = texts, right
+    by_confidence = True
+
+    def __init__(self, texts: Sequence[list[int]], right: float, stops: bool = False) -> None:
+        self.texts, self.right, self.stops = texts, right, stops
         self.random = random.Random(2)
 
     def lag(self, request: Request) -> int | None:
         return None if self.random.random() < 0.1 else 0
 
-    def draft(self, chunks: Sequence[Chunk]) -> None:
+    def draft(self, chunks: Sequence[Chunk], goes_on: GoesOn) -> None:
         for chunk in chunks:
             known = chunk.request.tokens
             text = next((text for text in self.texts if text[: len(known)] == known), known)
             follows = text[len(known) : len(known) + chunk.drafted]
             follows += [5] * (chunk.drafted - len(follows))
+            count = self.random.randint(1, chunk.drafted) if self.stops else chunk.drafted
             chunk.request.drafts = [
-                token if self.random.random() < self.right else self.random.randrange(VOCABULARY) for token in follows
+                token if self.random.random() < self.right else self.random.randrange(VOCABULARY)
+                for token in follows[:count]
             ]
+
+    def likelihoods(self, request: Request) -> list[float]:
+        return [self.random.random() for _ in request.drafts]
 
     def seconds(self, rows: int) -> float:
         return 0.0
@@ -119,8 +128,9 @@ def some_work(seed: int, count: int) -> list[tuple[list[int], SamplingParams]]:
     budget=st.sampled_from([8, 24, 512]),
     blocks=st.sampled_from([9, 14, None]),
     caching=st.booleans(),
+    stops=st.booleans(),
 )
-def test_everything_is_the_same_with_drafts(seed, right, budget, blocks, caching, tiny_model) -> None:
+def test_everything_is_the_same_with_drafts(seed, right, budget, blocks, caching, stops, tiny_model) -> None:
     """In few blocks (so that some are preempted) and many, in chunks and at once, whoever is right how often."""
     pytest.importorskip("llmopt.kernels._cpu")
     folder, work = tiny_model("llama")[0], some_work(seed, 7)
@@ -130,7 +140,7 @@ def test_everything_is_the_same_with_drafts(seed, right, budget, blocks, caching
         options["kv_cache_memory_bytes"] = blocks * make_engine(folder).runner.plan.block_bytes
     engine = make_engine(folder, **options)
     texts = [prompt + said[0] for (prompt, _), said in zip(work, expected, strict=True)]
-    let_draft(engine, Oracle(texts, right))
+    let_draft(engine, Oracle(texts, right, stops))
     assert generate(engine, work) == expected
     stats = engine.stats().speculation
     assert stats is not None
