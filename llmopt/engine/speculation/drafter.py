@@ -7,7 +7,7 @@ from llmopt.engine.request import Request
 from llmopt.engine.scheduler import Chunk
 
 GoesOn = Callable[[Request, Sequence[float], int], bool]
-"""Whether another token is wanted for a request after some that a drafter found so likely, in a pass that it shares with
+"""Whether another token is wanted for a request after some that a drafter found so likely, in a pass shared with
 so many; see `DraftLength.goes_on`."""
 
 
