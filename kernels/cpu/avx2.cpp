@@ -62,6 +62,19 @@ inline Ints dot(Ints sum, uint32_t x, Words w) {
   return sum + reinterpret_cast<Ints>(odd) + reinterpret_cast<Ints>(even);
 }
 
+// Consecutive numbers in 32 bits. (GCC 12 takes __builtin_convertvector of them apart, number by number.)
+inline Ints widened(const int8_t* from) {
+  return reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+
+inline Ints widened(const uint8_t* from) {
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+
+inline Ints widened(const uint16_t* from) {
+  return reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
 // Consecutive 8-bit numbers as 16-bit ones, two in a word.
 inline Words widen_int8(const void* from) {
   return reinterpret_cast<Words>(_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from))));

@@ -31,6 +31,19 @@ inline Floats half_to_float(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+// Consecutive numbers in 32 bits. (GCC 12 takes __builtin_convertvector of them apart, number by number.)
+inline Ints widened(const int8_t* from) {
+  return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+inline Ints widened(const uint8_t* from) {
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+inline Ints widened(const uint16_t* from) {
+  return reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+
 // Consecutive 8-bit numbers as 16-bit ones, two in a word.
 inline Words widen_int8(const void* from) {
   return reinterpret_cast<Words>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from))));

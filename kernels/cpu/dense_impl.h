@@ -17,15 +17,12 @@ inline float round_to_fp8(const float* x, int64_t count, float* to) {
   return scale;
 }
 
-inline Floats widened(const uint16_t* bfloat16) {
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  return reinterpret_cast<Floats>(__builtin_convertvector(load<Halves>(bfloat16), Words) << 16);
-}
+inline Floats bfloat16_to_float(const uint16_t* from) { return reinterpret_cast<Floats>(widened(from) << 16); }
 
 inline Floats nearest_bfloat16(Floats value) {
   uint16_t halves[kLanes];
   store_bfloat16(halves, value);
-  return widened(halves);
+  return bfloat16_to_float(halves);
 }
 
 void arrange_block(const RoundingInput& input, const DenseRows& to, int64_t block, float* scratch) {
@@ -62,7 +59,7 @@ void widen(const uint16_t* from, bool bfloat16, int64_t count, float* to) {
     uint16_t some[kLanes] = {};
     const int64_t left = count - i < kLanes ? count - i : kLanes;
     std::memcpy(some, from + i, static_cast<size_t>(left) * sizeof(uint16_t));
-    store(to + i, bfloat16 ? widened(some) : half_to_float(some), left);
+    store(to + i, bfloat16 ? bfloat16_to_float(some) : half_to_float(some), left);
   }
 }
 

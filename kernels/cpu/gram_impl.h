@@ -10,8 +10,7 @@ constexpr int kGramRows = kVectorBytes == 64 ? 8 : 4, kGramColumns = 3;
 inline Words as_bfloat16(const float* from, int64_t count) {
   uint16_t halves[kLanes];
   store_bfloat16(halves, load_some(from, count));
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  return __builtin_convertvector(load<Halves>(halves), Words);
+  return reinterpret_cast<Words>(widened(halves));
 }
 
 void arrange_gram(const float* x, int64_t x_stride, int64_t rows, int64_t columns, uint32_t* panel) {

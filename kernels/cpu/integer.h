@@ -20,7 +20,7 @@ struct GroupNumbers {
   const int8_t* bytes;   // small integers, times factors
   const uint8_t* fp8;    // e4m3, read as 1/256 of the numbers, times factors
   const float* factors;  // [tiles][groups / run][16]
-  int64_t run;           // groups that share a factor
+  int64_t run = 1;       // groups that share a factor
   bool present() const { return halves || floats || bytes || fp8; }
 };
 
@@ -42,6 +42,7 @@ struct Rounded {
   uint32_t* codes;  // [blocks][in / 4][block_rows], wide [blocks][block_rows][in / 4]: four signed codes of one row
   float* scales;    // [blocks][steps][block_rows]
   int32_t* sums;    // [blocks][steps][block_rows]: −8 times the sum of a step's codes
+  float* totals;    // [blocks][steps][block_rows]: the sum of a step's rounded numbers
   int64_t rows, in, steps, block_rows;
   bool wide;
   int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }

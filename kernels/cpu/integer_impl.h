@@ -18,15 +18,34 @@
 namespace llmopt {
 namespace {
 
-inline Floats numbers_at(const GroupNumbers& numbers, int64_t tile, int64_t groups, int64_t group, int part) {
-  const int64_t at = (tile * groups + group) * kTile + part * kLanes;
-  if (numbers.halves) return half_to_float(numbers.halves + at);
-  if (numbers.floats) return load<Floats>(numbers.floats + at);
-  const Floats values = numbers.fp8 ? fp8_parts(numbers.fp8 + at)
-                                    : to_floats(__builtin_convertvector(load<SignedBytes>(numbers.bytes + at), Ints));
-  const int64_t shared = (tile * (groups / numbers.run) + group / numbers.run) * kTile + part * kLanes;
-  return values * load<Floats>(numbers.factors + shared);
-}
+// A tile's scales or minimums, one group after the other: a division for each would cost as much as its products.
+class NumbersOf {
+ public:
+  NumbersOf(const GroupNumbers& numbers, int64_t tile, int64_t groups, int64_t group = 0)
+      : numbers_(numbers),
+        at_((tile * groups + group) * kTile),
+        factor_at_((tile * (groups / numbers.run) + group / numbers.run) * kTile),
+        left_(numbers.run - group % numbers.run) {}
+
+  Floats part(int part) const {
+    const int64_t at = at_ + part * kLanes;
+    if (numbers_.halves) return half_to_float(numbers_.halves + at);
+    if (numbers_.floats) return load<Floats>(numbers_.floats + at);
+    const Floats values = numbers_.fp8 ? fp8_parts(numbers_.fp8 + at) : to_floats(widened(numbers_.bytes + at));
+    return values * load<Floats>(numbers_.factors + factor_at_ + part * kLanes);
+  }
+
+  void next() {
+    at_ += kTile;
+    if (--left_ > 0) return;
+    factor_at_ += kTile;
+    left_ = numbers_.run;
+  }
+
+ private:
+  const GroupNumbers& numbers_;
+  int64_t at_, factor_at_, left_;  // left: groups that share the factor from here on
+};
 
 // Unsigned bytes of four consecutive inputs: part(from, v) are the v-th four of those that words hold together. kMiddle
 // is what stands for 0 in a symmetric weight, and middle() that times what 8 times is given.
@@ -69,12 +88,11 @@ struct Unpacked<Stored::k8Bits> {
   static Words part(const uint32_t* from, int) { return load<Words>(from); }
 };
 
-// What a zero point or a minimum adds to every input; sums hold −8 Σ, hence the sign.
-inline Floats offset_at(const TileOf& own, int64_t group, int part, Floats scale) {
+// What a zero point or a minimum adds to every input.
+inline Floats offset_at(const TileOf& own, int64_t group, int part, Floats scale, const NumbersOf& minimums) {
   const IntegerView& weight = *own.weight;
-  if (!weight.zeros) return -numbers_at(weight.minimums, own.tile, weight.groups, group, part);
-  const int64_t at = (own.tile * weight.groups + group) * kTile + part * kLanes;
-  return scale * to_floats(__builtin_convertvector(load<Bytes>(weight.zeros + at), Ints));
+  if (!weight.zeros) return minimums.part(part);
+  return -scale * to_floats(widened(weight.zeros + (own.tile * weight.groups + group) * kTile + part * kLanes));
 }
 
 constexpr int64_t kStreamedRows = 2;
@@ -187,31 +205,41 @@ void integer_tiles(const TileOf* tiles, const Rounded& x, int64_t block, float* 
     product.words[t] =
         tiles[t].weight->words + tiles[t].tile * (weight.in / (4 * Unpack::kVectors)) * Unpack::kWords * kTile;
   }
-  const float* row_scales = x.scales + block * weight.steps * stride;
-  const int32_t* row_sums = x.sums + block * weight.steps * stride;
+  int64_t row_at = block * weight.steps * stride;
   Floats total[Product::kVectors][kRows] = {};
+  const TileOf &one = tiles[0], &other = tiles[kTiles - 1];
+  NumbersOf scales[] = {{one.weight->scales, one.tile, weight.groups},
+                        {other.weight->scales, other.tile, weight.groups}};
+  NumbersOf minimums[] = {{one.weight->minimums, one.tile, weight.groups},
+                          {other.weight->minimums, other.tile, weight.groups}};
   for (int64_t group = 0; group < weight.groups; ++group) {
-    Floats scale[Product::kVectors];
+    Floats scale[Product::kVectors], offset[Product::kVectors] = {};
 #pragma GCC unroll 4
     for (int c = 0; c < Product::kVectors; ++c) {
-      const TileOf& own = tiles[c / kParts];
-      scale[c] = numbers_at(own.weight->scales, own.tile, weight.groups, group, c % kParts);
+      scale[c] = scales[c / kParts].part(c % kParts);
+      if (!symmetric) {
+        offset[c] = offset_at(tiles[c / kParts], group, c % kParts, scale[c], minimums[c / kParts]);
+      }
     }
-    for (int64_t step = 0; step < group_steps; ++step, row_scales += stride, row_sums += stride) {
+    for (int t = 0; t < kTiles; ++t) {
+      scales[t].next();
+      minimums[t].next();
+    }
+    for (int64_t step = 0; step < group_steps; ++step, row_at += stride) {
       typename Product::Sums sum;
-      product.step(sum, row_sums, symmetric, parts);
+      product.step(sum, x.sums + row_at, symmetric, parts);
 #pragma GCC unroll 4
       for (int c = 0; c < Product::kVectors; ++c) {
 #pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) total[c][row] += to_floats(sum[c][row]) * (scale[c] * row_scales[row]);
+        for (int row = 0; row < kRows; ++row) {
+          total[c][row] += to_floats(sum[c][row]) * (scale[c] * x.scales[row_at + row]);
+        }
       }
       if (symmetric) continue;
 #pragma GCC unroll 4
       for (int c = 0; c < Product::kVectors; ++c) {
-        const Floats offset = offset_at(tiles[c / kParts], group, c % kParts, scale[c]);
-        for (int row = 0; row < kRows; ++row) {
-          total[c][row] += offset * (0.125F * static_cast<float>(row_sums[row]) * row_scales[row]);
-        }
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) total[c][row] += offset[c] * x.totals[row_at + row];
       }
     }
   }

@@ -71,7 +71,7 @@ class WideProduct {
         chunk_(chunk_of(weight_)),
         x_(x.codes + block * x.block_rows * row_words_),
         scales_(x.scales + block * weight_.steps * stride_),
-        sums_(x.sums + block * weight_.steps * stride_),
+        totals_(x.totals + block * weight_.steps * stride_),
         codes_(codes),
         out_(out),
         ahead_(codes ? 0 : count > 1 && tiles[0].weight == tiles[1].weight ? 2 : 1) {
@@ -188,21 +188,21 @@ class WideProduct {
 #pragma GCC unroll 4
     for (int i = 0; i < kSteps; ++i) {
       const int64_t group = group_steps == 1 ? first + i : (first + i) / group_steps;
-      scale[i] = numbers_at(own.weight->scales, own.tile, weight_.groups, group, 0);
-      if constexpr (!kSymmetric) offset[i] = offset_at(own, group, 0, scale[i]);
+      scale[i] = NumbersOf(own.weight->scales, own.tile, weight_.groups, group).part(0);
+      if constexpr (!kSymmetric) {
+        const NumbersOf minimums(own.weight->minimums, own.tile, weight_.groups, group);
+        offset[i] = offset_at(own, group, 0, scale[i], minimums);
+      }
     }
     const float* row_scales = scales_ + first * stride_ + half * kTileRows;
-    const int32_t* row_sums = sums_ + first * stride_ + half * kTileRows;
+    const float* row_totals = totals_ + first * stride_ + half * kTileRows;
     float* out = out_ + (t * rows_ + half * kTileRows) * kTile;
     for (int64_t row = 0; row < rows; ++row, out += kTile) {
       Floats total = first ? load<Floats>(out) : Floats{};
 #pragma GCC unroll 4
       for (int i = 0; i < kSteps; ++i) {
-        const float row_scale = row_scales[i * stride_ + row];
-        total += to_floats(load<Ints>(sums[i][half][t] + row * kTile)) * (scale[i] * row_scale);
-        if constexpr (!kSymmetric) {
-          total += offset[i] * (0.125F * static_cast<float>(row_sums[i * stride_ + row]) * row_scale);
-        }
+        total += to_floats(load<Ints>(sums[i][half][t] + row * kTile)) * (scale[i] * row_scales[i * stride_ + row]);
+        if constexpr (!kSymmetric) total += offset[i] * row_totals[i * stride_ + row];
       }
       store(out, total, kLanes);
     }
@@ -213,8 +213,7 @@ class WideProduct {
   const IntegerView& weight_;  // the first, for all that they have in common
   int64_t rows_, stride_, row_words_, chunk_;
   const uint32_t* x_;
-  const float* scales_;
-  const int32_t* sums_;
+  const float *scales_, *totals_;
   const uint32_t* codes_;  // expanded, or null
   float* out_;
   int64_t ahead_;  // tiles of a weight until the next one of this thread; 0 where they are expanded already

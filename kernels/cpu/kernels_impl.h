@@ -29,8 +29,7 @@ inline Floats bias_of(const WeightView& weight, int64_t output) {
 
 // One group's zero points less the middle code.
 inline Floats zeros_at(const WeightView& weight, int64_t index) {
-  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(weight.zeros + index), Ints) - weight.middle,
-                                 Floats);
+  return to_floats(widened(weight.zeros + index) - weight.middle);
 }
 
 // One tile times kRows rows. A zero point is subtracted from the codes, which is exact, before they meet x; a group's

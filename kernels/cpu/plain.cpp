@@ -48,6 +48,14 @@ inline Ints dot(Ints sum, uint32_t x, Words w) {
   return sum;
 }
 
+// Consecutive numbers in 32 bits.
+template <class Narrow>
+inline Ints widened(const Narrow* from) {
+  Ints wide;
+  for (int lane = 0; lane < kVectorBytes / 4; ++lane) wide[lane] = from[lane];
+  return wide;
+}
+
 // Consecutive 8-bit numbers as 16-bit ones, two in a word.
 inline Words widen_int8(const void* from) {
   int8_t narrow __attribute__((vector_size(kVectorBytes / 2)));

@@ -27,11 +27,12 @@ void RoundedRows::fill(ThreadPool& pool, const IntegerKernels& kernels, const In
                        RoundingInput input, int64_t rows) {
   const IntegerView& like = weight.view();
   const bool wide = is_wide(kernels, rows);
-  view_ = {nullptr, nullptr, nullptr, rows, like.in, like.steps, rows_of_block(kernels, rows, wide), wide};
+  view_ = {nullptr, nullptr, nullptr, nullptr, rows, like.in, like.steps, rows_of_block(kernels, rows, wide), wide};
   const int64_t held = view_.blocks() * view_.block_rows;
   view_.codes = grown(codes_, held * like.in / 4);
   view_.scales = grown(scales_, held * like.steps);
   view_.sums = grown(sums_, held * like.steps);
+  view_.totals = grown(totals_, held * like.steps);
   input.order = weight.order().empty() ? nullptr : weight.order().data();
   pool.run(view_.blocks(), [&](int64_t block) {
     thread_local Buffer<float> scratch;

@@ -20,7 +20,7 @@ class RoundedRows {
  private:
   Rounded view_{};
   Buffer<uint32_t> codes_;
-  Buffer<float> scales_;
+  Buffer<float> scales_, totals_;
   Buffer<int32_t> sums_;
 };
 

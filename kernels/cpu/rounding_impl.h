@@ -52,24 +52,27 @@ inline void store_codes(Ints codes, int64_t count, uint32_t* to, int64_t stride)
 
 // A step of one row: codes absmax / 127, halves to even. A step that holds a NaN or an infinity spoils what it meets by
 // its scale; its codes mean nothing, and neither would their sum, which might not fit either.
-inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t stride, float* scale, int32_t* sum) {
-  Words total{};
+inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t stride, float* scale, int32_t* sum,
+                       float* total) {
+  Words codes_sum{};
   const int64_t whole = count / kLanes * kLanes;
   const float largest = largest_magnitude(x, count);
   const bool nothing = largest < 1e-30F;  // its inverse might be infinite, and what it scales is as good as zero
   const float inverse = nothing ? 0.0F : 127.0F / largest;
   for (int64_t i = 0; i < whole; i += kLanes) {
     const Words code = reinterpret_cast<Words>(load<Floats>(x + i) * inverse + kRounder) - 0x4B400000;
-    total += code;
+    codes_sum += code;
     store_codes(reinterpret_cast<Ints>(code), kLanes, codes + i / 4 * stride, stride);
   }
   if (whole < count) {
     const Words code = reinterpret_cast<Words>(load_some(x + whole, count - whole) * inverse + kRounder) - 0x4B400000;
-    total += code;
+    codes_sum += code;
     store_codes(reinterpret_cast<Ints>(code), count - whole, codes + whole / 4 * stride, stride);
   }
   *scale = nothing ? 1.0F : largest / 127.0F;
-  *sum = largest <= __FLT_MAX__ ? -8 * static_cast<int32_t>(sum_of(total)) : 0;
+  const int32_t whole_sum = largest <= __FLT_MAX__ ? static_cast<int32_t>(sum_of(codes_sum)) : 0;
+  *sum = -8 * whole_sum;
+  *total = *scale * static_cast<float>(whole_sum);
 }
 
 void round_block(const RoundingInput& input, const Rounded& to, int64_t block, float* scratch) {
@@ -80,7 +83,8 @@ void round_block(const RoundingInput& input, const Rounded& to, int64_t block, f
     uint32_t* codes = to.codes + block * words * rows + r * row_stride;
     for (int64_t step = 0; step < to.steps; ++step) {
       const int64_t at = (block * to.steps + step) * rows + r, word = step * step_words;
-      round_step(x + 4 * word, 4 * step_words, codes + word * word_stride, word_stride, to.scales + at, to.sums + at);
+      round_step(x + 4 * word, 4 * step_words, codes + word * word_stride, word_stride, to.scales + at, to.sums + at,
+                 to.totals + at);
     }
   }
 }
