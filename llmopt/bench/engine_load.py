@@ -16,6 +16,7 @@ from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.outputs import Delta
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.resident import keep_resident
 from llmopt.progress import Progress, silent
 
 
@@ -27,6 +28,7 @@ def bench_engine(
     `engine_options` are settings of `EngineConfig`; `goodput` has limits in milliseconds by metric.
     """
     engine = Engine(EngineConfig(model=model, **engine_options), progress)
+    keep_resident()  # as a server does
     traces = run_workload(engine, workload, progress)
     settings = {"model": model, "engine": engine_settings(engine_options), **workload.describe()}
     report = load_report(traces, settings, goodput, gpus=0)

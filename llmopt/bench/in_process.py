@@ -15,6 +15,7 @@ from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.outputs import SpeculationStats
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.resident import keep_resident
 from llmopt.errors import InputError, LlmoptError
 from llmopt.model.source import open_source
 from llmopt.progress import Progress, silent
@@ -97,6 +98,7 @@ def bench_model(
     shape: dict[str, Any] = {"max_num_seqs": widest, "max_model_len": longest, "chunked_prefill_size": 0}
     config = EngineConfig(model=model, **shape, **engine_options)
     engine = Engine(config, progress)
+    keep_resident()  # as a server does
     measurements = measure(engine, cases, repeats, seed, progress)
     machine = describe_machine(engine.runner.backend.device)
     return in_process_report(model, weight_bytes(model), machine, measurements)

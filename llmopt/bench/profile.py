@@ -12,6 +12,7 @@ from llmopt.bench.machine import describe_machine
 from llmopt.bench.report import VERSION
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
+from llmopt.engine.resident import keep_resident
 from llmopt.errors import LlmoptError
 from llmopt.progress import Progress, silent
 
@@ -39,6 +40,7 @@ def bench_profile(model: str, case: Case, seed: int, progress: Progress, **engin
     """Load a model and profile its decoding steps; the object that `llmopt bench MODEL --profile --json` writes."""
     shape: dict[str, Any] = {"max_num_seqs": case.batch, "max_model_len": case.prompt_len + case.gen_len}
     engine = Engine(EngineConfig(model=model, chunked_prefill_size=0, **shape, **engine_options), progress)
+    keep_resident()  # as a server does
     result = profile(engine, case, seed, progress)
     machine = describe_machine(engine.runner.backend.device)
     gb_per_s = result["bytes"]["total"] / 1e6 / result["compute_ms"]

@@ -91,9 +91,12 @@ def _run(connection: EngineSocket) -> None:
 
 def _load(configure: Configure) -> "Engine":
     from llmopt.engine.engine import Engine
+    from llmopt.engine.resident import keep_resident
 
     configure_logging(configure.log_level)
-    return Engine(configure.engine)
+    engine = Engine(configure.engine)
+    keep_resident()
+    return engine
 
 
 def serve_requests(engine: "Engine", connection: EngineSocket, messages: list[ToEngine]) -> None:
