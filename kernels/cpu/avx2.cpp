@@ -75,6 +75,21 @@ inline Ints widened(const uint16_t* from) {
   return reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
+// The lowest bits of each word.
+inline void store_bytes(void* to, Words words) {
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i low = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(words), order);
+  _mm_storel_epi64(static_cast<__m128i*>(to),
+                   _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+
+inline void store_halves(void* to, Words words) {
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i low = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(words), order);
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm_unpacklo_epi64(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+
 // Consecutive 8-bit numbers as 16-bit ones, two in a word.
 inline Words widen_int8(const void* from) {
   return reinterpret_cast<Words>(_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from))));

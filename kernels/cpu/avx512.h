@@ -44,6 +44,15 @@ inline Ints widened(const uint16_t* from) {
   return reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
 
+// The lowest bits of each word.
+inline void store_bytes(void* to, Words words) {
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(words)));
+}
+
+inline void store_halves(void* to, Words words) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+}
+
 // Consecutive 8-bit numbers as 16-bit ones, two in a word.
 inline Words widen_int8(const void* from) {
   return reinterpret_cast<Words>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from))));

@@ -18,9 +18,7 @@ inline void store_bfloat16(void* to, Floats value) {
   const Words bits = reinterpret_cast<Words>(value);
   const Words number = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = Words{} + 0x7fc0;
   const Words rounded = value == value ? number : nan;
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  const Halves halves = __builtin_convertvector(rounded, Halves);
-  __builtin_memcpy(to, &halves, sizeof halves);
+  store_halves(to, rounded);
 }
 
 }  // namespace

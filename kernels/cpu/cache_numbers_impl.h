@@ -7,8 +7,6 @@
 namespace llmopt {
 namespace {
 
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-
 // How a vector of pairs is read and multiplied. The lower half of a word is its first number.
 struct Bfloat16Pairs {
   typedef Floats Sum;
@@ -54,16 +52,6 @@ inline Words magnitude_bits(Floats value) { return reinterpret_cast<Words>(value
 
 // The nearest integers, halves to even: so large a number has no fraction left, and its lowest bits are the integer.
 inline Words rounded_bits(Floats value) { return reinterpret_cast<Words>(value + 0x1.8p23F); }
-
-inline void store_bytes(void* to, Words codes) {
-  const Bytes bytes = __builtin_convertvector(codes, Bytes);
-  std::memcpy(to, &bytes, sizeof bytes);
-}
-
-inline void store_halves(void* to, Words codes) {
-  const Halves halves = __builtin_convertvector(codes, Halves);
-  std::memcpy(to, &halves, sizeof halves);
-}
 
 inline void encode_bfloat16(const float* x, int64_t count, void* codes) {
   for (int64_t i = 0; i < count; i += kLanes) store_bfloat16(static_cast<uint16_t*>(codes) + i, load<Floats>(x + i));

@@ -16,11 +16,9 @@ inline Numbers fp8_pairs(const void* from) {
 
 // kLanes finite numbers over 256: float16 reads their bits so, those without a leading one included.
 inline Floats fp8_parts(const uint8_t* from) {
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  const Halves code = __builtin_convertvector(load<Bytes>(from), Halves);
-  const Halves bits = (code & 0x80) << 8 | (code & 0x7f) << 7;
+  const Words code = reinterpret_cast<Words>(widened(from));
   uint16_t halves[kLanes];
-  std::memcpy(halves, &bits, sizeof halves);
+  store_halves(halves, (code & 0x80) << 8 | (code & 0x7f) << 7);
   return half_to_float(halves);
 }
 

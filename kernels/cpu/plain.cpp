@@ -56,6 +56,17 @@ inline Ints widened(const Narrow* from) {
   return wide;
 }
 
+// The lowest bits of each word.
+template <class Narrow>
+inline void store_narrow(void* to, Words words) {
+  Narrow narrow[kVectorBytes / 4];
+  for (int lane = 0; lane < kVectorBytes / 4; ++lane) narrow[lane] = static_cast<Narrow>(words[lane]);
+  __builtin_memcpy(to, narrow, sizeof narrow);
+}
+
+inline void store_bytes(void* to, Words words) { store_narrow<uint8_t>(to, words); }
+inline void store_halves(void* to, Words words) { store_narrow<uint16_t>(to, words); }
+
 // Consecutive 8-bit numbers as 16-bit ones, two in a word.
 inline Words widen_int8(const void* from) {
   int8_t narrow __attribute__((vector_size(kVectorBytes / 2)));

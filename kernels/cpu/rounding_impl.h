@@ -40,10 +40,9 @@ inline const float* arrange_row(const RoundingInput& input, const float* x, int6
 }
 
 // Four codes to a word; the words of one row stand `stride` apart.
-inline void store_codes(Ints codes, int64_t count, uint32_t* to, int64_t stride) {
-  const SignedBytes narrow = __builtin_convertvector(codes, SignedBytes);
+inline void store_codes(Words codes, int64_t count, uint32_t* to, int64_t stride) {
   uint32_t words[kLanes / 4];
-  std::memcpy(words, &narrow, sizeof words);
+  store_bytes(words, codes);
 #pragma GCC unroll 4
   for (int64_t word = 0; word < kLanes / 4; ++word) {
     if (4 * word < count) to[word * stride] = words[word];
@@ -62,12 +61,12 @@ inline void round_step(const float* x, int64_t count, uint32_t* codes, int64_t s
   for (int64_t i = 0; i < whole; i += kLanes) {
     const Words code = reinterpret_cast<Words>(load<Floats>(x + i) * inverse + kRounder) - 0x4B400000;
     codes_sum += code;
-    store_codes(reinterpret_cast<Ints>(code), kLanes, codes + i / 4 * stride, stride);
+    store_codes(code, kLanes, codes + i / 4 * stride, stride);
   }
   if (whole < count) {
     const Words code = reinterpret_cast<Words>(load_some(x + whole, count - whole) * inverse + kRounder) - 0x4B400000;
     codes_sum += code;
-    store_codes(reinterpret_cast<Ints>(code), count - whole, codes + whole / 4 * stride, stride);
+    store_codes(code, count - whole, codes + whole / 4 * stride, stride);
   }
   *scale = nothing ? 1.0F : largest / 127.0F;
   const int32_t whole_sum = largest <= __FLT_MAX__ ? static_cast<int32_t>(sum_of(codes_sum)) : 0;

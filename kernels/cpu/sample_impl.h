@@ -68,7 +68,6 @@ inline Floats decay(Floats d) {
 }
 
 void weigh(const float* x, int64_t count, float temperature, float top, float* weights, uint16_t* buckets) {
-  typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
   const Floats furthest = broadcast(kFurthest);
   const auto weigh_lanes = [&](Floats value, int64_t i) {
     Floats distance = top - value / temperature;
@@ -77,9 +76,8 @@ void weigh(const float* x, int64_t count, float temperature, float top, float* w
     const Floats weight = far ? Floats{} : decay(distance);
     Ints bits = reinterpret_cast<Ints>(distance) - kNearestBits;
     bits = bits > 0 ? bits : Ints{};
-    const Shorts bucket = __builtin_convertvector(bits >> kBucketShift, Shorts);
     std::memcpy(weights + i, &weight, sizeof weight);
-    std::memcpy(buckets + i, &bucket, sizeof bucket);
+    store_halves(buckets + i, reinterpret_cast<Words>(bits >> kBucketShift));
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) weigh_lanes(load<Floats>(x + i), i);

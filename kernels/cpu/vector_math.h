@@ -6,8 +6,6 @@ namespace {
 
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kParts = kTile / kLanes;  // vectors across a tile
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-typedef int8_t SignedBytes __attribute__((vector_size(kLanes)));
 
 template <class Vector, class Element>
 inline Vector load(const Element* from) {
