@@ -7,6 +7,8 @@
 //   PairSums                  kUseful: whether sums of pairs of products are faster in 16 bits, as long as they fit; then
 //                             add(w, x) adds as dot_unsigned does, and total() is the sum in 32 bits
 //   half_to_float(from)       kLanes float16 at an address
+//   widened(from)             kLanes integers of 8 or 16 bits at an address, in 32
+//   store_bytes(to, w)        the lowest 8 bits of each word; store_halves: 16
 //   look_up_bytes(table, w)   the entries of a table of 16 bytes that the bytes of w, all below 16, name
 //
 // The order of floating-point additions is that of the inputs, whatever the number of rows: a row's result does not
