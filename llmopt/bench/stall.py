@@ -14,6 +14,7 @@ from llmopt.bench.report import VERSION, spread
 from llmopt.engine.config import EngineConfig
 from llmopt.engine.engine import Engine
 from llmopt.engine.params import SamplingParams
+from llmopt.engine.resident import keep_resident
 from llmopt.errors import LlmoptError
 from llmopt.progress import Progress, silent
 
@@ -29,6 +30,7 @@ def bench_stall(
     chunked = EngineConfig(model=model, max_num_seqs=streams + 1, **engine_options)
     whole = replace(chunked, chunked_prefill_size=0, max_num_batched_tokens=prompt_len + streams + 1)
     engines = {"chunked": Engine(chunked, progress), "in one piece": Engine(whole, progress)}
+    keep_resident()  # as a server does
     machine = describe_machine(engines["chunked"].runner.backend.device)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for repeat in range(repeats):

@@ -20,6 +20,7 @@ from bench_servers import room
 
 from llmopt import LLM, SamplingParams
 from llmopt.bench.workload import Workload
+from llmopt.engine.resident import keep_resident
 
 
 class InProcess:
@@ -48,6 +49,7 @@ def tokens_per_s(model: str, case: Case) -> float:
         max_model_len=room(case),
         threads=THREADS,
     )
+    keep_resident()  # as a server does
     params = SamplingParams(temperature=0, max_tokens=case.gen_len, ignore_eos=True)
     for requests, seed in ((case.batch, WARM_UP_SEED), (case.requests, MEASURED_SEED)):
         shape = {"input_len": case.prompt_len, "output_len": case.gen_len, "num_prompts": requests}
